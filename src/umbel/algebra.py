@@ -1,0 +1,246 @@
+"""Linear algebra on factors: nothing here ever forms a d_out × d_in product of low-rank matrices.
+
+A product B A is a pair: B is d_out × R, A is R × d_in. Leading batch dimensions are allowed wherever a tensor is returned,
+so that layers of one shape go through together. Sums and decompositions run in float64, which costs little on factors and
+spares every caller the question of cancellation; what comes back has the dtype that came in.
+"""
+
+import hashlib
+from typing import cast
+
+import torch
+from torch import Tensor
+
+Product = tuple[Tensor, Tensor]
+"""(B, A): d_out × R and R × d_in, standing for the matrix B A."""
+
+DENSE_SVD_LIMIT = 1024
+"""Smaller side, in rows, up to which `dense_svd` decomposes a dense matrix in full."""
+
+
+def add_products(first: Product | None, later: Product | None) -> Product | None:
+    """Returns the product that is the sum of two: [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2.
+
+    A stack that is wider than the matrix is compressed without loss, so that a sum of many stays no larger than
+    d_out × d_in. None stands for zero.
+
+    >>> one = (torch.ones(3, 1), torch.ones(1, 2))
+    >>> B, A = add_products(one, one)
+    >>> B.shape, A.shape, (B @ A)[0, 0].item()
+    (torch.Size([3, 2]), torch.Size([2, 2]), 2.0)
+    """
+    if first is None or later is None:
+        return later if first is None else first
+    B = torch.cat([first[0], later[0]], dim=-1)
+    A = torch.cat([first[1], later[1]], dim=-2)
+    if B.shape[-1] <= min(B.shape[-2], A.shape[-1]):
+        return B, A
+    U, s, Vh = product_svd(B, A)
+    return U * s.unsqueeze(-2), Vh
+
+
+# torch.linalg carries no types; these say them once.
+
+
+def _qr(M: Tensor) -> tuple[Tensor, Tensor]:
+    return cast(tuple[Tensor, Tensor], torch.linalg.qr(M))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return cast(
+        tuple[Tensor, Tensor, Tensor],
+        torch.linalg.svd(M, full_matrices=False),  # pyright: ignore[reportUnknownMemberType]
+    )
+
+
+def solve(H: Tensor, g: Tensor) -> Tensor:
+    """Returns x with H x = g, for one right-hand side g of shape … × n.
+
+    >>> solve(2 * torch.eye(2), torch.tensor([2.0, 4.0]))
+    tensor([1., 2.])
+    """
+    return cast(Tensor, torch.linalg.solve(H, g.unsqueeze(-1))).squeeze(-1)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (Q_B, R_B R_Aᵀ, Q_A) in float64, with B A = Q_B (R_B R_Aᵀ) Q_Aᵀ and orthonormal Q's."""
+    Q_B, R_B = _qr(B.double())
+    Q_A, R_A = _qr(A.double().mT)
+    return Q_B, R_B @ R_A.mT, Q_A
+
+
+def product_svd(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the thin SVD of B A, from QR of B and of Aᵀ and the SVD of the small core between them.
+
+    B = Q_B R_B and Aᵀ = Q_A R_A, so B A = Q_B (R_B R_Aᵀ) Q_Aᵀ. Costs O(R² (d_out + d_in + R)). R may exceed d_out or d_in,
+    and B or A may be deficient or zero: U and Vh are orthonormal all the same.
+
+    Args:
+        B: … × d_out × R.
+        A: … × R × d_in.
+        rank: Keep at most so many values, the largest.
+
+    Returns:
+        (U, s, Vh): … × d_out × p, … × p descending, … × p × d_in with p = min(d_out, d_in, R), or `rank` where smaller.
+
+    >>> U, s, Vh = product_svd(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.eye(2))
+    >>> s
+    tensor([3., 1.])
+    """
+    dtype = torch.promote_types(B.dtype, A.dtype)
+    Q_B, core, Q_A = _core(B, A)
+    U, s, Vh = _svd(core)
+    p = s.shape[-1] if rank is None else min(rank, s.shape[-1])
+    return (Q_B @ U[..., :p]).to(dtype), s[..., :p].to(dtype), (Vh[..., :p, :] @ Q_A.mT).to(dtype)
+
+
+def energy_rank(s: Tensor, energy: float) -> int:
+    """Returns the smallest p with Σ_{i≤p} s_i² / Σ_i s_i² ≥ energy.
+
+    At energy = 1 every value counts that is numerically present: above ε s_1, with ε of float32 or finer as `s` is; what lies
+    below is what one rounding of s_1 would hide. (A cumulated sum of squares could not tell: it is full at √ε.) A zero
+    spectrum gives 1, so that a product of rank 1, zero, can be sent.
+
+    Args:
+        s: Singular values, descending, shape (k,) with k ≥ 1.
+        energy: Share τ of the squared norm to keep, 0 < τ ≤ 1.
+
+    >>> energy_rank(torch.tensor([3.0, 1.0, 0.0]), 0.9), energy_rank(torch.tensor([3.0, 1.0, 0.0]), 1.0)
+    (1, 2)
+
+    Source: FLoRIST (arXiv 2506.09199), step 5; the treatment of rounding is ours.
+    """
+    if energy >= 1:
+        noise = torch.finfo(torch.promote_types(s.dtype, torch.float32)).eps * s[0]
+        return max(1, int((s > noise).sum()))
+    kept = s.double().square().cumsum(0)
+    return min(int((kept < energy * kept[-1]).sum()) + 1, s.shape[0])
+
+
+def inner(B_1: Tensor, A_1: Tensor, B_2: Tensor, A_2: Tensor) -> Tensor:
+    """Returns ⟨B_1 A_1, B_2 A_2⟩_F = Σ (B_1ᵀ B_2) ∘ (A_1 A_2ᵀ), in float64, from R_1 × R_2 blocks.
+
+    >>> B, A = torch.ones(3, 1), torch.ones(1, 2)
+    >>> inner(B, A, B, 2 * A).item()
+    12.0
+    """
+    return ((B_1.double().mT @ B_2.double()) * (A_1.double() @ A_2.double().mT)).sum((-2, -1))
+
+
+def norm(B: Tensor, A: Tensor) -> Tensor:
+    """Returns ‖B A‖_F in float64, through QR: right also where large factors nearly cancel in the product.
+
+    >>> round(norm(torch.ones(3, 2), torch.tensor([[1.0, 1.0], [-1.0, -1.0]])).item(), 12)
+    0.0
+    """
+    return _core(B, A)[1].square().sum((-2, -1)).sqrt()
+
+
+def relative_error(sent: Product, ideal: Product) -> float:
+    """Returns ‖B A − B* A*‖_F / ‖B* A*‖_F, the aggregation error where B* A* = Σ p_k ΔW_k.
+
+    The difference is the product [B, B*] [A; −A*], whose norm is taken through QR: no difference of two large numbers.
+    It is 0.0 where both are zero and infinite where only the ideal is.
+
+    Args:
+        sent: (B, A), d_out × R and R × d_in, without batch dimensions.
+        ideal: (B*, A*), d_out × R* and R* × d_in.
+
+    >>> one = (torch.ones(3, 1), torch.ones(1, 2))
+    >>> round(relative_error((one[0], 1.5 * one[1]), one), 12)
+    0.5
+    >>> relative_error(one, (one[0], 0 * one[1]))
+    inf
+    """
+    (B, A), (B_ideal, A_ideal) = sent, ideal
+    difference = norm(torch.cat([B.double(), B_ideal.double()], -1), torch.cat([A.double(), -A_ideal.double()], -2)).item()
+    whole = norm(B_ideal, A_ideal).item()
+    if whole == 0:
+        return 0.0 if norm(B, A).item() == 0 else float("inf")
+    return difference / whole
+
+
+def gram_blocks(Bs: Tensor, As: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns C^B[u, w] = B_uᵀ B_w and C^A[v, z] = A_v A_zᵀ, all r × r blocks of U clients, in float64.
+
+    They hold every inner product of the products of any two clients' factors,
+
+        G[u, v, w, z] = ⟨B_u A_v, B_w A_z⟩_F = Σ C^B[u, w] ∘ C^A[v, z],
+
+    in U² r² numbers; G itself would be U⁴.
+
+    Args:
+        Bs: … × U × d_out × r.
+        As: … × U × r × d_in.
+
+    >>> C_B, C_A = gram_blocks(torch.ones(2, 3, 1), torch.ones(2, 1, 5))
+    >>> C_B.shape, (C_B[0, 1] * C_A[0, 1]).sum().item()
+    (torch.Size([2, 2, 1, 1]), 15.0)
+    """
+    B, A = Bs.double(), As.double()
+    return torch.einsum("...umr,...wms->...uwrs", B, B), torch.einsum("...vrn,...zsn->...vzrs", A, A)
+
+
+def gram_form(C: Tensor, D: Tensor, x: Tensor) -> Tensor:
+    """Returns H[u, w] = Σ_vz x_v x_z Σ C[u, w] ∘ D[v, z]: how ‖(Σ_u y_u B_u)(Σ_v x_v A_v)‖² = yᵀ H y depends on y.
+
+    Args:
+        C: Blocks of the free coefficients y, U × U × r × r, from `gram_blocks`.
+        D: Blocks of the fixed coefficients x, likewise.
+
+    >>> C_B, C_A = gram_blocks(torch.ones(2, 3, 1), torch.ones(2, 1, 5))
+    >>> gram_form(C_B, C_A, torch.tensor([1.0, 0.0], dtype=torch.float64))[0, 0].item()
+    15.0
+    """
+    return torch.einsum("uwrs,rs->uw", C, torch.einsum("v,vzrs,z->rs", x, D, x))
+
+
+def dense_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the `rank` largest singular triples (U, s, Vh) of a dense d_out × d_in matrix.
+
+    In full where the smaller side is at most `DENSE_SVD_LIMIT`. Above that by random projection (8 directions more than
+    asked for, 10 power iterations), which is exact only as far as the spectrum falls off behind `rank`; the generator is
+    a private one of fixed seed. Computed in float32 or finer, returned in M's dtype.
+
+    >>> dense_svd(torch.diag(torch.tensor([2.0, 5.0])), 1)[1]
+    tensor([5.])
+    """
+    wide = M.to(torch.promote_types(M.dtype, torch.float32))
+    small = min(M.shape) <= DENSE_SVD_LIMIT
+    U, s, Vh = _svd(wide) if small else _projected_svd(wide, min(rank + 8, *M.shape), iterations=10)
+    return U[:, :rank].to(M.dtype), s[:rank].to(M.dtype), Vh[:rank].to(M.dtype)
+
+
+def _projected_svd(M: Tensor, width: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomised SVD: a basis of (M Mᵀ)ⁱ M Ω for a Gaussian Ω of `width` columns; then the SVD of M in that basis."""
+    omega = torch.randn(M.shape[1], width, generator=torch.Generator().manual_seed(0)).to(M)
+    basis = _qr(M @ omega)[0]
+    for _ in range(iterations):
+        basis = _qr(M @ _qr(M.mT @ basis)[0])[0]
+    U, s, Vh = _svd(basis.mT @ M)
+    return basis @ U, s, Vh
+
+
+def seed_of(*parts: str | int) -> int:
+    """Returns a seed of 63 bits that depends on every part and on nothing else: the same on every machine and Python.
+
+    >>> seed_of(0, 3, "layers.0.q_proj") == seed_of(0, 3, "layers.0.q_proj") != seed_of(0, 31, "layers.0.q_proj")
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fresh_A(rank: int, d_in: int, seed: int) -> Tensor:  # noqa: N802
+    """Returns LoRA's first A, rank × d_in in float32: Kaiming-uniform with a = √5, which is U(−1/√d_in, 1/√d_in).
+
+    Drawn row by row from a generator of its own, so that clients of different rank share their first rows.
+
+    >>> torch.equal(fresh_A(2, 5, seed=1), fresh_A(4, 5, seed=1)[:2])
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = d_in**-0.5
+    A = torch.empty(rank, d_in)
+    for row in A:
+        row.uniform_(-bound, bound, generator=generator)
+    return A

@@ -1,0 +1,207 @@
+"""A client: answers the server's requests with its own rows, over a base model that it may share with others."""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umbel import algebra, wire
+from umbel.client import fit
+from umbel.client.adapter import Adapter
+from umbel.client.data import Dataset, Example, encode
+from umbel.client.evaluate import evaluate
+from umbel.client.model import Base
+from umbel.config import Config
+from umbel.record import write_file
+from umbel.server import OBSERVER
+
+Answer = dict[str, Any]
+
+
+@dataclass
+class Resident:
+    """What the clients of one process share: base model, adapter, rows and their tokens.
+
+    Args:
+        config: The run's.
+        base: The frozen model.
+        adapter: On that model; its content is whichever client's turn it is.
+        dataset: All rows and who owns them.
+        train: Tokens of the training rows, in their order.
+        test: Tokens of the test rows.
+        on_step: Called with (client, step, steps).
+    """
+
+    config: Config
+    base: Base
+    adapter: Adapter
+    dataset: Dataset
+    train: list[Example]
+    test: list[Example]
+    on_step: Callable[[int, int, int], None] = lambda client, step, steps: None
+
+    def score(self, owner: int, generate: bool) -> dict[str, float] | None:
+        """Scores the model as it stands on a client's test rows, or on all for the observer; None without rows."""
+        chosen = [i for i, own in enumerate(self.dataset.owner_test) if owner in (own, OBSERVER)]
+        if not chosen:
+            return None
+        task = self.config.task if generate else replace(self.config.task, exact_match_rows=0)
+        return evaluate(
+            self.adapter.model,
+            self.base.tokenizer,
+            [self.dataset.test[i] for i in chosen],
+            self.dataset.labels,
+            replace(self.config, task=task),
+            examples=[self.test[i] for i in chosen],
+        )
+
+
+def tokens(config: Config, base: Base, dataset: Dataset) -> tuple[list[Example], list[Example]]:
+    """Returns the tokens of all training and all test rows."""
+    return (
+        encode(dataset.train, base.tokenizer, config, dataset.labels),
+        encode(dataset.test, base.tokenizer, config, dataset.labels),
+    )
+
+
+@dataclass
+class Client:
+    """One client, or the observer. Between requests everything it knows is in files under `folder`.
+
+    Args:
+        number: Ours, from 0; OBSERVER owns no rows and scores all test rows.
+        resident: Shared with the other clients of this process.
+        folder: Of this client's state.
+    """
+
+    number: int
+    resident: Resident
+    folder: Path
+    _seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def answer(self, payload: bytes) -> bytes:
+        """Answers one request.
+
+        Args:
+            payload: A message of kind "open", "train", "measure" or "observe".
+
+        Returns:
+            The reply, in the run's wire dtype.
+        """
+        self._seconds = {}
+        with self._timed("wire"):
+            request = wire.decode(payload)
+        kind = request.header["kind"]
+        if kind == "open":
+            return wire.encode(wire.Message(self._open()))
+        optimizer = self._take(request)
+        if kind == "observe":
+            header, tensors = self._observe(request.header)
+        elif kind == "measure":
+            header, tensors = self._measure(request.header)
+        else:
+            header, tensors, optimizer = self._train(request.header, optimizer)
+        self._keep(request.header, optimizer)
+        header["seconds"] = {stage: round(value, 3) for stage, value in self._seconds.items()}
+        return wire.encode(wire.Message(header, tensors), self.resident.config.wire.dtype)
+
+    @contextmanager
+    def _timed(self, stage: str):  # noqa: ANN202
+        started = time.perf_counter()
+        yield
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def _mine(self) -> list[Example]:
+        return [self.resident.train[i] for i, own in enumerate(self.resident.dataset.owner_train) if own == self.number]
+
+    def _open(self) -> Answer:
+        layers = {name: [s.d_out, s.d_in, s.rank] for name, s in self.resident.adapter.layers.items()}
+        return {"layers": layers, "rows": len(self._mine())}
+
+    def _take(self, request: wire.Message) -> dict[str, Tensor]:
+        """Puts this client on the model: its own state, then what it is owed. Returns its optimizer's state."""
+        adapter, optimizer = self.resident.adapter, dict[str, Tensor]()
+        with self._timed("adapter"):
+            has = int(request.header["has"])
+            if has < 0:
+                adapter.restart(self.resident.config.seed)
+            else:
+                kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
+                prefix = "optimizer|"
+                optimizer = {k.removeprefix(prefix): x for k, x in kept.tensors.items() if k.startswith(prefix)}
+                state = {k: x for k, x in kept.tensors.items() if not k.startswith(prefix)}
+                adapter.set_state(kept.header["history"], state)
+            downloads = wire.unpack(request.header, request.tensors)
+            adapter.apply(downloads, wire.unpack_plain(request.tensors), own_rank=self.number != OBSERVER)
+        return optimizer
+
+    def _keep(self, header: Answer, optimizer: dict[str, Tensor]) -> None:
+        """Makes this client's state durable; the one the server believes in stays until the next request."""
+        with self._timed("record"):
+            history, tensors = self.resident.adapter.state()
+            tensors |= {f"optimizer|{key}": x for key, x in optimizer.items()}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            keep = {f"{header['has']}.safetensors", f"{header['keep']}.safetensors"}
+            write_file(self.folder / f"{header['keep']}.safetensors", wire.encode(wire.Message({"history": history}, tensors)))
+            for old in self.folder.glob("*.safetensors"):
+                if old.name not in keep:
+                    old.unlink()
+
+    def _seed(self, header: Answer) -> int:
+        return algebra.seed_of(self.resident.config.seed, "client", self.number, header["train_round"])
+
+    def _train(self, header: Answer, optimizer: dict[str, Tensor]) -> tuple[Answer, dict[str, Tensor], dict[str, Tensor]]:
+        resident = self.resident
+        with self._timed("fit"):
+            fitted = fit.fit(
+                resident.adapter,
+                tuple(header["trains"]),
+                self._mine(),
+                resident.config.training,
+                resident.base.tokenizer.pad_token_id,
+                self._seed(header),
+                int(header["train_round"]),
+                int(header["rounds"]),
+                optimizer,
+                lambda step, steps: resident.on_step(self.number, step, steps),
+            )
+        with self._timed("evaluate"):
+            scores = resident.score(self.number, generate=False) if header["score"] else None
+        with self._timed("adapter"):
+            tensors = wire.pack_factors(resident.adapter.read(header["sends"])) | wire.pack_plain(resident.adapter.read_plain())
+        answer = {"rows": len(self._mine()), "loss": fitted.loss, "steps": fitted.steps, "scores": scores}
+        return answer, tensors, fitted.optimizer
+
+    def _measure(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
+        resident = self.resident
+        mine = self._mine()
+        samples = max(1, min(int(header["samples"]), len(mine)))
+        with self._timed("fit"):
+            gradients = fit.gradient(
+                resident.adapter,
+                mine,
+                resident.config.training,
+                resident.base.tokenizer.pad_token_id,
+                self._seed(header),
+                samples,
+            )
+            if "G" in header["sends"]:
+                factors = {layer: {"G": G} for layer, G in gradients.items()}
+            else:
+                factors = {layer: _best_product(G, resident.adapter.layers[layer].rank) for layer, G in gradients.items()}
+        return {"rows": samples}, wire.pack_factors(factors)
+
+    def _observe(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
+        with self._timed("evaluate"):
+            return {"scores": self.resident.score(OBSERVER, generate=bool(header["generate"]))}, {}
+
+
+def _best_product(G: Tensor, rank: int) -> dict[str, Tensor]:
+    """Returns the best product of the given rank of a dense matrix: B = U s, A = Vᵀ."""
+    U, s, Vh = torch.linalg.svd(G, full_matrices=False)
+    return {"B": U[:, :rank] * s[:rank], "A": Vh[:rank]}

@@ -1,0 +1,193 @@
+"""The local training loop, and the gradient that Fed-SB starts from: plain PyTorch."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from umbel.client.adapter import Adapter
+from umbel.client.data import Example, collate
+from umbel.config import Training
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a local fit leaves, besides the trained parameters.
+
+    Args:
+        loss: Mean training loss over the steps.
+        steps: Optimizer steps taken.
+        optimizer: The optimizer's state as named tensors; empty where it is not kept.
+    """
+
+    loss: float
+    steps: int
+    optimizer: dict[str, Tensor]
+
+
+def steps_per_round(training: Training, rows: int) -> int:
+    """Returns the optimizer steps that a client with so many rows takes in one round."""
+    if training.max_steps > 0:
+        return training.max_steps
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return max(1, math.ceil(rows * training.num_train_epochs / batch))
+
+
+def learning_rate_factor(training: Training, step: int, total: int) -> float:
+    """Returns the factor on the learning rate at a step of the whole run, by Transformers' formulas.
+
+    >>> [learning_rate_factor(Training(warmup_ratio=0.2), step, 10) for step in (0, 1, 2, 6)]
+    [0.0, 0.5, 1.0, 0.5]
+    """
+    warmup = math.ceil(training.warmup_ratio * total)
+    if step < warmup:
+        return step / max(1, warmup)
+    if training.lr_scheduler_type == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    if training.lr_scheduler_type == "linear":
+        return max(0.0, 1.0 - done)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor], bf16: bool) -> Tensor:
+    """Returns the mean cross-entropy: over rows for a head, over response tokens for a causal model."""
+    labels = batch["labels"]
+    with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    if labels.ndim == 1:
+        return nn.functional.cross_entropy(logits.float(), labels)
+    # Positions without a label need no float32 copy over the vocabulary.
+    target = labels[:, 1:]
+    wanted = target != -100
+    return nn.functional.cross_entropy(logits[:, :-1][wanted].float(), target[wanted])
+
+
+def batches(examples: list[Example], size: int, generator: torch.Generator) -> Iterator[list[Example]]:
+    """Yields batches for ever, in passes over shuffled examples; a pass's short rest is filled from the next."""
+    waiting: list[Example] = []
+    while True:
+        while len(waiting) < size:
+            waiting += [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def fit(
+    adapter: Adapter,
+    trains: tuple[str, ...],
+    examples: list[Example],
+    training: Training,
+    pad_id: int,
+    seed: int,
+    train_round: int,
+    rounds: int,
+    optimizer_state: Mapping[str, Tensor],
+    progress: Callable[[int, int], None],
+) -> Fitted:
+    """Trains the named factors and the head on one client's examples.
+
+    Args:
+        adapter: The adapter, on its model.
+        trains: Factors with a gradient.
+        examples: This client's training rows.
+        training: The loop's options.
+        pad_id: The padding token.
+        seed: Of data order and dropout; the caller derives it from (run, client, round).
+        train_round: Counted from 1; places the steps in the whole run's schedule.
+        rounds: Of the whole run.
+        optimizer_state: Of the last round, to go on with; empty to start anew.
+        progress: Called with (step, steps).
+    """
+    steps = steps_per_round(training, len(examples))
+    factors, head = adapter.trainable(trains), list(adapter.plain_parameters.values())
+    optimizer = _optimizer(training, factors, head)
+    _load(optimizer, optimizer_state)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    stream = batches(examples, training.per_device_train_batch_size, torch.Generator().manual_seed(seed))
+    device = next(adapter.model.parameters()).device
+    adapter.model.train()
+    losses: list[float] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step in range(steps):
+            factor = learning_rate_factor(training, (train_round - 1) * steps + step, rounds * steps)
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+            total = 0.0
+            for _ in range(training.gradient_accumulation_steps):
+                batch = {key: x.to(device) for key, x in collate(next(stream), pad_id).items()}
+                loss = loss_of(adapter.model, batch, training.bf16) / training.gradient_accumulation_steps
+                loss.backward()
+                total += loss.item()
+            if not math.isfinite(total):
+                raise FloatingPointError(f"training loss is {total} at step {step + 1}; lower training.learning_rate")
+            if training.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_([*factors, *head], training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+            progress(step + 1, steps)
+    adapter.model.eval()
+    kept = _state(optimizer) if training.optimizer_state == "keep" else {}
+    return Fitted(sum(losses) / len(losses), steps, kept)
+
+
+def _optimizer(training: Training, factors: list[nn.Parameter], head: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = [{"params": factors, "lr": training.learning_rate}]
+    if head:
+        groups.append({"params": head, "lr": training.head_learning_rate or training.learning_rate})
+    if training.optim == "sgd":
+        return torch.optim.SGD(groups, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+
+
+def _state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}.{key}": value.detach().clone()
+        for index, own in optimizer.state_dict()["state"].items()
+        for key, value in own.items()
+    }
+
+
+def _load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    if state:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def gradient(
+    adapter: Adapter, examples: list[Example], training: Training, pad_id: int, seed: int, samples: int
+) -> dict[str, Tensor]:
+    """Returns the mean gradient of every adapted frozen weight over some of a client's rows, d_out × d_in, float32.
+
+    In training mode (with dropout), as LoRA-SB's released code does; the model must be at its frozen weights (B = 0).
+    """
+    weights = adapter.frozen_weights()
+    chosen = next(batches(examples, min(samples, len(examples)), torch.Generator().manual_seed(seed)))
+    sums = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
+    adapter.trainable(())
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    adapter.model.train()
+    size = training.per_device_train_batch_size
+    device = next(adapter.model.parameters()).device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            batch = {key: x.to(device) for key, x in collate(part, pad_id).items()}
+            loss_of(adapter.model, batch, training.bf16).backward()
+            for name, weight in weights.items():
+                assert weight.grad is not None
+                sums[name] += weight.grad.float().cpu() * (len(part) / len(chosen))
+                weight.grad = None
+    adapter.model.eval()
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return {name: adapter.oriented(name, total).contiguous() for name, total in sums.items()}

@@ -1,0 +1,142 @@
+"""The frozen base model and its tokenizer, loaded once per process."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umbel import config as configuration
+from umbel.client import data
+from umbel.config import Config, ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PooledClassifier(nn.Module):
+    """A linear head on the mean of an encoder's last hidden states over the tokens that are not padding.
+
+    Stock heads read one token (BERT's [CLS]); sentence encoders were trained with the mean.
+
+    Args:
+        backbone: An encoder, `AutoModel`.
+        labels: Classes.
+    """
+
+    def __init__(self, backbone: nn.Module, labels: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config: Any = backbone.config
+        self.classifier = nn.Linear(self.config.hidden_size, labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
+        """Returns `.logits`, batch × labels."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return SimpleNamespace(logits=self.classifier((hidden * weight).sum(1) / weight.sum(1).clamp(min=1)))
+
+
+@dataclass
+class Base:
+    """What every client of this process shares.
+
+    Args:
+        model: The frozen model, with a fresh head where the task has one.
+        tokenizer: Its tokenizer, with a padding token.
+        path: Where it was loaded from: a folder or a hub name.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    path: str
+
+
+def source(model: configuration.Model) -> str:
+    """Returns the folder or hub name that Transformers loads from."""
+    found = data.locate(model.name)
+    return str(found) if found is not None else model.name
+
+
+def load(config: Config, labels: int) -> Base:
+    """Loads model and tokenizer; a new head's weights come from the run's seed.
+
+    Args:
+        config: The run's.
+        labels: Classes of the head (classification).
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    # Without a hub every look-up there only costs time; a hub name still works from the local cache.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from transformers import AutoTokenizer
+
+    path = source(config.model)
+    where: dict[str, Any] = {"gguf_file": config.model.gguf_file} if config.model.gguf_file else {}
+    if config.model.revision:
+        where["revision"] = config.model.revision
+    try:
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            tokenizer = AutoTokenizer.from_pretrained(path, **where)
+            model = _model(config, path, labels, where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name = {config.model.name!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    # GGUF weights are plain tensors after loading; these marks would make Transformers treat them as quantized.
+    if where.get("gguf_file"):
+        model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    model.requires_grad_(False)
+    model.eval()
+    return Base(model, tokenizer, path)
+
+
+def _model(config: Config, path: str, labels: int, where: dict[str, Any]) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    dtype = DTYPES[config.model.dtype]
+    if config.task.kind != "classification":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where)
+    if config.model.pooling == "mean":
+        model = PooledClassifier(AutoModel.from_pretrained(path, dtype=dtype, **where), labels)
+        return model.to(dtype)
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=labels, **where)
+
+
+def fingerprint(config: Config) -> str:
+    """Returns the hash of the base model's files, or the hub name with its revision."""
+    from umbel.record import sha256
+
+    found = data.locate(config.model.name)
+    if found is None:
+        return f"hub:{config.model.name}@{config.model.revision or 'main'}"
+    return sha256(Path(found) / config.model.gguf_file if config.model.gguf_file else Path(found))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Transformers' progress bars and its report on newly made heads, which are what we asked for."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,212 @@
+"""The result as a stock PEFT folder: written, read back, and compared with the run's own model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from umbel import __version__, algebra
+from umbel.client import model as models
+from umbel.client.data import Example, collate
+from umbel.client.model import Base, PooledClassifier
+from umbel.config import Config
+from umbel.record import new_folder
+
+TASK_TYPES = {"choice": "CAUSAL_LM", "instruction": "CAUSAL_LM"}
+
+
+class PublishError(RuntimeError):
+    """The folder that was written does not reproduce the run's model."""
+
+
+def write(
+    folder: Path,
+    config: Config,
+    path: str,
+    product: Mapping[str, tuple[Tensor, Tensor]],
+    plain: Mapping[str, Tensor],
+    labels: list[str],
+    examples: int,
+) -> None:
+    """Writes a stock PEFT folder: per layer B A at scale 1 with its own rank, and the head.
+
+    Args:
+        folder: Replaced whole or not at all.
+        config: The run's.
+        path: Of the base model.
+        product: Per layer (B, A), in units of ΔW: adapter and merges together.
+        plain: Trained parameters that are not factors.
+        labels: Class names, in the head's order.
+        examples: Training rows of all clients, kept in `umbel.json`.
+    """
+    import peft
+
+    factors = {layer: _compact(B, A) for layer, (B, A) in product.items()}
+    ranks = {layer: A.shape[0] for layer, (_, A) in factors.items()}
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    pattern = {layer: r for layer, r in ranks.items() if r != rank}
+    pooled = config.model.pooling == "mean"
+    stock_head = config.task.kind == "classification" and not pooled
+    options = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(ranks),
+        task_type=TASK_TYPES.get(config.task.kind, "FEATURE_EXTRACTION" if pooled else "SEQ_CLS"),
+        base_model_name_or_path=path,
+        revision=config.model.revision or None,
+        inference_mode=True,
+        modules_to_save=sorted({name.partition(".")[0] for name in plain}) if stock_head else None,
+    )
+    tensors: dict[str, Tensor] = {}
+    for layer, (B, A) in factors.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = B.contiguous()
+    if stock_head:
+        tensors |= {f"base_model.model.{name}": x.contiguous() for name, x in plain.items()}
+    with new_folder(folder) as temporary:
+        options.save_pretrained(str(temporary))
+        safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        if pooled:
+            safetensors.torch.save_file({k: x.contiguous() for k, x in plain.items()}, temporary / "head.safetensors")
+        about = {"umbel": __version__, "method": config.method.name, "num_examples": examples, "labels": labels}
+        about["pooling"] = config.model.pooling
+        (temporary / "umbel.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_card(config, path), encoding="utf-8")
+
+
+def _compact(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Drops directions that carry nothing: a merged run's fresh adapter has B = 0 and would only add rank."""
+    alive = (B != 0).any(dim=0) & (A != 0).any(dim=1)
+    if not alive.any():
+        alive[:1] = True
+    B, A = B[:, alive], A[alive]
+    if A.shape[0] > min(B.shape[0], A.shape[1]):
+        U, s, Vh = algebra.product_svd(B, A)
+        B, A = U * s, Vh
+    return B, A
+
+
+def _card(config: Config, path: str) -> str:
+    lines = [
+        "---",
+        f"base_model: {json.dumps(path)}",
+        "library_name: peft",
+        "tags: [lora, federated]",
+        "---",
+        "",
+        f"# LoRA adapter from a federated run ({config.method.name}, {config.rounds} rounds)",
+        "",
+        "Made by umbel. Load it with plain PEFT:",
+        "",
+        "```python",
+    ]
+    pooled = config.model.pooling == "mean"
+    kind = {"classification": "AutoModel" if pooled else "AutoModelForSequenceClassification"}.get(
+        config.task.kind, "AutoModelForCausalLM"
+    )
+    extra = f", gguf_file={config.model.gguf_file!r}" if config.model.gguf_file else ""
+    extra += ", num_labels=…" if kind == "AutoModelForSequenceClassification" else ""
+    lines += [
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        f"model = PeftModel.from_pretrained({kind}.from_pretrained({path!r}{extra}), '.')",
+        "```",
+    ]
+    if pooled:
+        lines += [
+            "",
+            "`head.safetensors` holds the linear head (`classifier.weight`, `classifier.bias`): it reads the mean of "
+            "`last_hidden_state` over the tokens that are not padding. Class names are in `umbel.json`, in the head's order.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def read(folder: Path, config: Config, labels: int) -> Base:
+    """Loads base model and adapter from disk with stock PEFT.
+
+    Args:
+        folder: A PEFT folder that `write` made.
+        config: The run's.
+        labels: Classes of the head.
+
+    Raises:
+        PublishError: Keys of the folder and of the model do not match.
+    """
+    import peft
+
+    base = models.load(config, labels)
+    pooled = isinstance(base.model, PooledClassifier)
+    carrier = base.model.backbone if pooled else base.model
+    with models.quiet():
+        loaded = peft.PeftModel.from_pretrained(carrier, str(folder))  # type: ignore[arg-type]
+    wanted = set(safetensors.torch.load_file(folder / "adapter_model.safetensors"))
+    found = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    if wanted != found:
+        raise PublishError(f"{folder}: keys differ from what PEFT loads: {sorted(wanted ^ found)[:4]}")
+    model: nn.Module = loaded
+    if pooled:
+        head = safetensors.torch.load_file(folder / "head.safetensors")
+        base.model.classifier.load_state_dict({key.removeprefix("classifier."): x for key, x in head.items()})
+        base.model.backbone = loaded
+        model = base.model
+    return Base(model.eval(), base.tokenizer, base.path)
+
+
+@torch.inference_mode()
+def difference(published: Base, own: nn.Module, examples: list[Example]) -> float:
+    """Returns max |Δ logits| / max |logits| of two models on some rows, in full precision."""
+    pad = published.tokenizer.pad_token_id
+    batch = {key: x for key, x in collate(examples, pad).items() if key != "labels"}
+    wanted = own(**batch).logits.float()
+    got = published.model(**batch).logits.float()
+    # Padded positions attend to nothing and hold no meaning.
+    if wanted.ndim == 3:
+        mask = batch["attention_mask"].bool()
+        wanted, got = wanted[mask], got[mask]
+    return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def publish(
+    folder: Path,
+    config: Config,
+    path: str,
+    product: Mapping[str, tuple[Tensor, Tensor]],
+    plain: Mapping[str, Tensor],
+    labels: list[str],
+    rows: int,
+    own: nn.Module,
+    examples: list[Example],
+) -> dict[str, Any]:
+    """Writes the folder, reloads it over a base model fresh from disk, and compares with the run's model.
+
+    Args:
+        own: The run's model, holding the result.
+        examples: Rows to compare on.
+
+    Returns:
+        What `run.json` says of the adapter.
+
+    Raises:
+        PublishError: The outputs differ by more than the base model's rounding explains.
+    """
+    from umbel.record import sha256
+
+    write(folder, config, path, product, plain, labels, rows)
+    apart = difference(read(folder, config, len(labels)), own, examples)
+    # Merged products are rounded to the base weights' precision in the run, and are exact in the folder.
+    allowed = {"float32": 1e-3, "bfloat16": 0.2}[config.model.dtype]
+    if not apart <= allowed:
+        raise PublishError(f"{folder}: reloaded with plain PEFT, logits differ by {apart:.2e} (relative), allowed: {allowed}")
+    ranks = [B.shape[1] for B, _ in product.values()]
+    return {
+        "sha256": sha256(folder / "adapter_model.safetensors"),
+        "reload_max_difference": apart,
+        "reload_rows": len(examples),
+        "largest_rank": max(ranks),
+    }

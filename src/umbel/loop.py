@@ -1,0 +1,327 @@
+"""federate(): choose clients, ask, fold, combine, record, resume."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from umbel import algebra, wire
+from umbel.engine import Ask, Engine, Reply
+from umbel.method import Method
+from umbel.record import Record
+from umbel.server import OBSERVER, Aggregated, Aggregator, LayerShape, Refused, Server, ServerError
+
+Progress = Callable[[dict[str, Any]], None]
+STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What federate() needs to know of a run.
+
+    Args:
+        method: The method.
+        rounds: Training rounds.
+        clients: Their numbers.
+        seed: The run's.
+        dtype: The wire's.
+        clients_per_round: Asked in each round; 0 asks all.
+        measure_error: See `Aggregator`.
+        observe: "rounds" scores the common model after every round, "end" after the last, "never" not at all.
+        observe_start: Score the common model before the first round too.
+        score_clients: Every client scores its own model on its own test rows, after training and before aggregation.
+    """
+
+    method: Method
+    rounds: int
+    clients: list[int]
+    seed: int = 0
+    dtype: str = "float32"
+    clients_per_round: int = 0
+    measure_error: bool = True
+    observe: str = "rounds"
+    observe_start: bool = False
+    score_clients: bool = True
+
+
+@dataclass
+class _Heard:
+    """What came out of one round of asking, besides tensors."""
+
+    answered: list[int] = field(default_factory=list[int])
+    refused: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    replies: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    bytes_down: dict[str, int] = field(default_factory=dict[str, int])
+    bytes_up: dict[str, int] = field(default_factory=dict[str, int])
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def add_seconds(self, header: Mapping[str, Any]) -> None:
+        """Adds what a client says its stages took; anything but numbers is passed over."""
+        said = header.get("seconds")
+        for stage in STAGES:
+            value = said.get(stage) if isinstance(said, dict) else None
+            self.seconds[stage] += float(value) if isinstance(value, (int, float)) and 0 <= value < 1e9 else 0.0
+
+    def refuse(self, client: int, reason: str) -> None:
+        self.refused.append({"client": client, "reason": reason})
+
+
+def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = lambda event: None) -> Server:
+    """Runs a federation to its end, or on from where its record stops.
+
+    Every round is durable before the next begins; a run that was killed at any moment ends with the same bytes.
+
+    Args:
+        engine: Reaches the clients (and the observer, unless `plan.observe` is "never").
+        plan: What to run.
+        record: Where to write it.
+        progress: Called with `{"round", "rounds", "phase", "client", "clients"}` as clients answer.
+
+    Returns:
+        The server, with the result in `model()` and `plain`.
+
+    Raises:
+        ServerError: A round with nobody left, or a method that refuses what it got.
+    """
+    phases = list(plan.method.plan(plan.rounds))
+    restored = record.restore()
+    if restored is None:
+        server, rows = _open(engine, plan, record)
+    else:
+        header, tensors, _ = restored
+        layers = {name: LayerShape(*shape) for name, shape in header["layers"].items()}
+        server, rows = Server(layers, plan.seed, plan.dtype), {int(k): n for k, n in header["rows"].items()}
+        server.restore(header, tensors)
+    committing = 0.0
+    for index in range(server.round, len(phases)):
+        committing = _round(engine, plan, record, server, rows, phases, index, progress, committing)
+    return server
+
+
+def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int, int]]:
+    """Asks every client for its layers and rows; they must agree on the layers."""
+    began = time.perf_counter()
+    heard = _Heard()
+    payload = wire.encode(wire.Message({"kind": "open"}))
+    shapes: dict[str, list[int]] = {}
+    for reply in _in_order(engine.ask(_counted(plan.clients, lambda _: payload, heard)), plan.clients):
+        message = _read(reply, heard)
+        if message is None:
+            continue
+        layers = message.header.get("layers", {})
+        shapes = shapes or layers
+        if layers != shapes:
+            differs = next(name for name in {**shapes, **layers} if shapes.get(name) != layers.get(name))
+            raise ServerError(
+                f"layer {differs!r}: client {reply.client} has {layers.get(differs)} (d_out, d_in, rank), others "
+                f"{shapes.get(differs)}. All clients need the same base model and lora.target_modules"
+            )
+        heard.answered.append(reply.client)
+    rows = {client: int(heard.replies[client]["rows"]) for client in heard.answered}
+    if not rows:
+        raise ServerError(f"no client answered the opening: {heard.refused}")
+    server = Server({name: LayerShape(*shape) for name, shape in shapes.items()}, plan.seed, plan.dtype)
+    scores = _observe(engine, server, True, heard) if plan.observe_start else None
+    line = _line(0, "open", 0, plan.clients, heard, None, scores, began)
+    _commit(record, server, rows, line)
+    return server, rows
+
+
+def _round(
+    engine: Engine,
+    plan: Plan,
+    record: Record,
+    server: Server,
+    rows: Mapping[int, int],
+    phases: list[Method],
+    index: int,
+    progress: Progress,
+    committing: float,
+) -> float:
+    """Runs one phase; returns the seconds its commit took, which the next round's line carries."""
+    began = time.perf_counter() - committing
+    phase = phases[index]
+    train_round = sum(1 for earlier in phases[: index + 1] if earlier.trains)
+    asked = _choose(plan, sorted(rows), index) if phase.trains else sorted(rows)
+    heard = _Heard()
+    heard.seconds["record"] = committing
+    if phase.sends:
+        aggregator = Aggregator(phase, server, plan.measure_error)
+        total = sum(rows[client] for client in asked)
+
+        def request(client: int) -> bytes:
+            share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
+            return _request(server, phase, client, index, train_round, plan, share)
+
+        for reply in _in_order(engine.ask(_counted(asked, request, heard)), asked):
+            _fold(reply, aggregator, heard)
+            progress(
+                {"round": train_round, "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
+                | {"client": reply.client}
+            )
+    else:
+        # A phase that sends nothing (Fed-SB's random start) is the server's alone.
+        asked = []
+        aggregator = Aggregator(phase, server, False)
+        aggregator.folded.append(OBSERVER)
+    started = time.perf_counter()
+    try:
+        aggregated = aggregator.done()
+    except ServerError as error:
+        reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in heard.refused)
+        raise ServerError(f"round {index + 1}: {error}" + (f" ({reasons})" if reasons else "")) from error
+    for client in heard.replies:
+        server.took(client)
+    server.settle(aggregated)
+    heard.seconds["server"] += time.perf_counter() - started
+    last = index + 1 == len(phases)
+    scores = None
+    if phase.trains and (plan.observe == "rounds" or (plan.observe == "end" and last)):
+        scores = _observe(engine, server, last, heard)
+    line = _line(index + 1, _kind(phase), train_round if phase.trains else 0, asked, heard, aggregated, scores, began)
+    return _commit(record, server, rows, line)
+
+
+def _kind(phase: Method) -> str:
+    return "train" if phase.trains else "measure"
+
+
+def _choose(plan: Plan, clients: list[int], index: int) -> list[int]:
+    """Draws the round's clients by the seed and the round alone."""
+    if not 0 < plan.clients_per_round < len(clients):
+        return clients
+    return sorted(random.Random(algebra.seed_of(plan.seed, "choose", index)).sample(clients, plan.clients_per_round))
+
+
+def _request(server: Server, phase: Method, client: int, index: int, train_round: int, plan: Plan, samples: int) -> bytes:
+    packed, tensors = wire.pack(server.owed_to(client))
+    header = {
+        "kind": _kind(phase),
+        "round": index + 1,
+        "has": server.has.get(client, -1),
+        "keep": server.round,
+        "train_round": train_round,
+        "rounds": plan.rounds,
+        "client": client,
+        "score": plan.score_clients,
+        "trains": phase.trains,
+        "sends": phase.sends,
+        "samples": samples,
+        **packed,
+    }
+    return wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)), server.dtype)
+
+
+def _counted(asked: Iterable[int], request: Callable[[int], bytes], heard: _Heard) -> Iterator[Ask]:
+    for client in asked:
+        started = time.perf_counter()
+        payload = request(client)
+        heard.seconds["wire"] += time.perf_counter() - started
+        heard.bytes_down[str(client)] = len(payload)
+        yield Ask(client, payload)
+
+
+def _in_order(replies: Iterable[Reply], asked: list[int]) -> Iterator[Reply]:
+    """Yields replies in the order of asking: an early one waits, a silent one is skipped when it is reported."""
+    waiting: dict[int, Reply] = {}
+    turn = 0
+    for reply in replies:
+        waiting[reply.client] = reply
+        while turn < len(asked) and asked[turn] in waiting:
+            yield waiting.pop(asked[turn])
+            turn += 1
+    for client in asked[turn:]:
+        yield waiting.get(client, Reply(client, None, "no reply"))
+
+
+def _read(reply: Reply, heard: _Heard) -> wire.Message | None:
+    """Decodes a reply and notes its header; a failure is noted as a refusal."""
+    if reply.payload is None:
+        heard.refuse(reply.client, reply.reason)
+        return None
+    started = time.perf_counter()
+    heard.bytes_up[str(reply.client)] = len(reply.payload)
+    try:
+        message = wire.decode(reply.payload)
+    except wire.WireError as error:
+        heard.refuse(reply.client, str(error))
+        return None
+    heard.seconds["wire"] += time.perf_counter() - started
+    heard.replies[reply.client] = message.header
+    heard.add_seconds(message.header)
+    return message
+
+
+def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard) -> None:
+    message = _read(reply, heard)
+    if message is None:
+        return
+    started = time.perf_counter()
+    try:
+        factors = wire.unpack_factors(message.tensors)
+        weight = float(message.header.get("rows", 0))
+        aggregator.add(reply.client, weight, factors, wire.unpack_plain(message.tensors))
+        heard.answered.append(reply.client)
+    except (Refused, wire.WireError) as error:
+        heard.refuse(reply.client, str(error))
+    heard.seconds["server"] += time.perf_counter() - started
+
+
+def _observe(engine: Engine, server: Server, generate: bool, heard: _Heard) -> dict[str, Any]:
+    """Scores the common model on all test rows, by a client that only observes."""
+    packed, tensors = wire.pack(server.owed_to(OBSERVER))
+    has = server.has.get(OBSERVER, -1)
+    header = {"kind": "observe", "has": has, "keep": server.round, "client": OBSERVER, "generate": generate, **packed}
+    payload = wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)))
+    reply = next(iter(engine.ask([Ask(OBSERVER, payload)])))
+    if reply.payload is None:
+        raise ServerError(f"scoring the common model failed: {reply.reason}")
+    message = wire.decode(reply.payload)
+    heard.add_seconds(message.header)
+    server.took(OBSERVER)
+    return message.header["scores"]
+
+
+def _line(
+    number: int,
+    phase: str,
+    train_round: int,
+    asked: list[int],
+    heard: _Heard,
+    aggregated: Aggregated | None,
+    scores: dict[str, Any] | None,
+    began: float,
+) -> dict[str, Any]:
+    def said(key: str) -> dict[str, Any]:
+        return {str(c): heard.replies[c][key] for c in heard.answered if heard.replies[c].get(key) is not None}
+
+    return {
+        "round": number,
+        "phase": phase,
+        "train_round": train_round,
+        "asked": asked,
+        "answered": heard.answered,
+        "refused": heard.refused,
+        "rows": said("rows"),
+        "steps": said("steps"),
+        "loss": said("loss"),
+        "bytes_down": heard.bytes_down,
+        "bytes_up": heard.bytes_up,
+        "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},
+        "local": said("scores"),
+        "global": scores,
+        "aggregation_error": aggregated.error if aggregated else None,
+        "rank": aggregated.rank if aggregated else {},
+    }
+
+
+def _commit(record: Record, server: Server, rows: Mapping[int, int], line: dict[str, Any]) -> float:
+    """Makes the round durable; returns the seconds it took."""
+    started = time.perf_counter()
+    header, tensors = server.state()
+    header["layers"] = {name: [s.d_out, s.d_in, s.rank] for name, s in server.layers.items()}
+    header["rows"] = {str(client): n for client, n in rows.items()}
+    record.commit(header, tensors, line)
+    return time.perf_counter() - started

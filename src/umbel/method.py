@@ -1,0 +1,280 @@
+"""The contract: what a client trains and sends, how the server keeps it, and what comes back.
+
+A federated LoRA method is one `Method`. Everything around it (transport, scale, orientation, heads, partial
+participation, records) is settled elsewhere, so a method is little more than the paper's equations.
+
+All factors are in units of ΔW: the scale α/r is already multiplied into B (into R where there is one), so that
+ΔW = B A (or B R A) holds literally. A is r × d_in and B is d_out × r, whatever the layer class stores.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from umbel import algebra
+
+Factors = dict[str, Tensor]
+"""The named matrices of one layer: `{"A": r × d_in, "B": d_out × r}`, with `"R": r × r` for Fed-SB."""
+
+
+class MethodError(ValueError):
+    """What a method was given does not fit it; the message says what, got, allowed and what to do."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """What one layer of a client must do next.
+
+    The parts apply in this order: `reset` starts the adapter afresh, `factors` overwrite those of the same
+    name (others stay), `merge` adds a product to the frozen weight.
+
+    Args:
+        factors: Factors to overwrite, in units of ΔW.
+        merge: `(B, A)`, d_out × p and p × d_in; the frozen weight W becomes W + B A.
+        reset: Start the adapter afresh (A random from this seed, B = 0). A method gives any number; the server
+            mixes the run's seed, the round and the layer's name into it.
+    """
+
+    factors: Factors = field(default_factory=dict[str, Tensor])
+    merge: tuple[Tensor, Tensor] | None = None
+    reset: int | None = None
+
+    def then(self, later: "Download") -> "Download":
+        """Returns the one download that has the effect of this one followed by `later`.
+
+        Factors supersede, merges add, a reset clears the factors before it.
+
+        >>> first = Download(factors={"A": torch.ones(1, 2)}, merge=(torch.ones(3, 1), torch.ones(1, 2)))
+        >>> both = first.then(Download(merge=(torch.ones(3, 1), torch.ones(1, 2)), reset=7))
+        >>> both.factors, both.reset, both.merge[0].shape
+        ({}, 7, torch.Size([3, 2]))
+        """
+        return Download(
+            factors={} if later.reset is not None else {**self.factors, **later.factors},
+            merge=algebra.add_products(self.merge, later.merge),
+            reset=self.reset if later.reset is None else later.reset,
+        )
+
+
+class Collector(Protocol):
+    """How the server keeps the uploads of one layer while they arrive, in the order in which it asked."""
+
+    def add(self, factors: Factors, weight: float) -> None:
+        """Folds in one client's factors; `weight` is its raw n_k > 0. Raises MethodError where they do not fit."""
+        ...
+
+    def done(self) -> Any:
+        """Returns what `Method.combine` gets, with weights normalized to p_k = n_k / Σ n_j."""
+        ...
+
+
+class Mean:
+    """Keeps the weighted mean Σ p_k X_k of every factor X: constant memory, one rank for all clients.
+
+    The mean is updated in place of a sum, X̄ ← X̄ + (n_k / Σ_{j≤k} n_j) (X_k − X̄), so that one client, or
+    clients that agree, are returned to the last bit.
+
+    >>> mean = Mean()
+    >>> mean.add({"A": torch.tensor([[0.0]])}, 1)
+    >>> mean.add({"A": torch.tensor([[4.0]])}, 3)
+    >>> mean.done()
+    {'A': tensor([[3.]])}
+    """
+
+    def __init__(self) -> None:
+        self._mean: Factors = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._total = 0.0
+
+    def add(self, factors: Factors, weight: float) -> None:
+        if not self._total:
+            self._dtypes = {name: x.dtype for name, x in factors.items()}
+            # At least float32, so that a mean of many bfloat16 uploads does not stand still.
+            self._mean = {name: x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for name, x in factors.items()}
+            self._total = float(weight)
+            return
+        self._check(factors)
+        self._total += weight
+        for name, mean in self._mean.items():
+            mean += (factors[name] - mean) * (weight / self._total)
+
+    def _check(self, factors: Factors) -> None:
+        if factors.keys() != self._mean.keys():
+            raise MethodError(f"sent {', '.join(factors) or 'nothing'}, others {', '.join(self._mean) or 'nothing'}")
+        for name, mean in self._mean.items():
+            if factors[name].shape != mean.shape:
+                raise MethodError(
+                    f"sent {name} of shape {tuple(factors[name].shape)}, others {tuple(mean.shape)}. "
+                    f"This method averages factors and needs one rank; {taking_mixed_ranks()}"
+                )
+
+    def done(self) -> Factors:
+        return {name: mean.to(self._dtypes[name]) for name, mean in self._mean.items()}
+
+
+class Each:
+    """Keeps every upload: `done` gives `[(factors, p_k), …]` in the order of asking. Takes mixed ranks."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Factors, float]] = []
+
+    def add(self, factors: Factors, weight: float) -> None:
+        self._kept.append((factors, float(weight)))
+
+    def done(self) -> list[tuple[Factors, float]]:
+        total = sum(n for _, n in self._kept)
+        return [(factors, n / total) for factors, n in self._kept]
+
+
+class Stack:
+    """Keeps the stacks B = [B_1 … B_K] and A = [p_1 A_1; …; p_K A_K], whose product is Σ p_k B_k A_k exactly.
+
+    Weights enter once, on A. Takes mixed ranks.
+
+    >>> stack = Stack()
+    >>> stack.add({"B": torch.ones(3, 1), "A": torch.ones(1, 2)}, 1)
+    >>> stack.add({"B": torch.ones(3, 2), "A": torch.ones(2, 2)}, 3)
+    >>> stack.done()["A"]
+    tensor([[0.2500, 0.2500],
+            [0.7500, 0.7500],
+            [0.7500, 0.7500]])
+    """
+
+    def __init__(self) -> None:
+        self._each = Each()
+
+    def add(self, factors: Factors, weight: float) -> None:
+        self._each.add(factors, weight)
+
+    def done(self) -> Factors:
+        each = self._each.done()
+        return {
+            "B": torch.cat([factors["B"] for factors, _ in each], dim=-1),
+            "A": torch.cat([p * factors["A"] for factors, p in each], dim=-2),
+        }
+
+
+def stacked(layer: str, uploads: list[tuple[Factors, float]], name: str) -> Tensor:
+    """Returns the clients' factors of one name, as `Each` gives them, as one tensor K × ….
+
+    Raises:
+        MethodError: They differ in shape, so the clients differ in rank.
+    """
+    shapes = sorted({tuple(factors[name].shape) for factors, _ in uploads})
+    if len(shapes) > 1:
+        got = ", ".join(map(str, shapes))
+        raise MethodError(f"layer {layer!r}: clients sent {name} of shapes {got}; one rank is needed, {taking_mixed_ranks()}")
+    return torch.stack([factors[name] for factors, _ in uploads])
+
+
+def product(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Returns (B, A) whose product is the ΔW of one layer: (B, A), or (B R, A) where there is an R."""
+    return (factors["B"] @ factors["R"] if "R" in factors else factors["B"]), factors["A"]
+
+
+class Method(ABC):
+    """A federated LoRA method: a frozen dataclass whose fields are its options, with one function, `combine`.
+
+    Class attributes:
+        trains: Factors that have a gradient at the client. Empty: the client measures the gradient of the frozen
+            weights instead of taking steps.
+        sends: Factors that go up. For a measurement `("G",)` is the dense gradient d_out × d_in and `("A", "B")`
+            its best product of the adapter's rank.
+        collect: How the server keeps uploads: `Mean`, `Each` or `Stack`.
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ("A", "B")
+    sends: ClassVar[tuple[str, ...]] = ("A", "B")
+    collect: ClassVar[type[Collector]] = Mean
+
+    @property
+    def exact(self) -> bool:
+        """True where the method claims ΔW = Σ p_k ΔW_k; `check_method` holds it to that."""
+        return False
+
+    def plan(self, rounds: int) -> Iterable["Method"]:
+        """Returns the phases of a run of `rounds` training rounds; a measurement comes on top of them."""
+        return [self] * rounds
+
+    def combine_layers(self, got: Mapping[str, Any], held: Mapping[str, Factors]) -> dict[str, Download]:
+        """Combines all layers; overridden only where layers must know of each other.
+
+        Args:
+            got: Per layer what the collector's `done` gave.
+            held: Per layer the factors that all clients held in common at the start of the round.
+        """
+        return {layer: self.combine(got[layer], held[layer]) for layer in got}
+
+    @abstractmethod
+    def combine(self, got: Any, held: Factors) -> Download:
+        """Turns the uploads of one layer into what every client does next. Inputs are not modified."""
+
+
+def names() -> list[str]:
+    """Returns the names of the methods that come with umbel: the files in `umbel/methods`."""
+    import umbel.methods
+
+    return sorted(module.name for module in pkgutil.iter_modules(umbel.methods.__path__))
+
+
+def taking_mixed_ranks() -> str:
+    """Says which of umbel's methods take clients of different rank: those that stack factors.
+
+    >>> taking_mixed_ranks().startswith("mixed ranks are for")
+    True
+    """
+    return f"mixed ranks are for {', '.join(name for name in names() if find(name).collect is Stack)}"
+
+
+def find(name: str) -> type[Method]:
+    """Returns the class of a method by its file name, `"florist"`, or by a module path, `"my_package.my_method"`.
+
+    The module must define one `Method` whose class name is the file name without underscores, in any case.
+
+    Raises:
+        MethodError: No such method; the message names the nearest.
+    """
+    path = name if "." in name else f"umbel.methods.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
+            raise
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise MethodError(
+            f"no method {name!r}. {hint}Known: {', '.join(names())}; or a module path such as 'my_package.my_method'"
+        ) from None
+    wanted = path.rsplit(".", 1)[-1].replace("_", "").lower()
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Method) and value.__name__.lower() == wanted:
+            return value
+    raise MethodError(f"module {path!r} defines no Method class whose name is {wanted!r} in any case, e.g. FloRIST")
+
+
+def load(name: str, **options: Any) -> Method:
+    """Makes a method from its name and options.
+
+    >>> load("florist", energy=0.9).energy
+    0.9
+
+    Raises:
+        MethodError: Unknown name or option; the message names the nearest known one.
+    """
+    cls = find(name)
+    known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            allowed = ", ".join(known) or "none"
+            raise MethodError(f"method {name!r} has no option {key!r}. {hint}Its options: {allowed}")
+    return cls(**options)

@@ -1,0 +1,160 @@
+"""What a run leaves on disk: written here, read here. Every file appears whole or not at all."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from umbel import wire
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class RecordError(RuntimeError):
+    """A folder that cannot be written to or read from as a run; says what to do."""
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it: a kill leaves the old file or the new."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that takes `path`'s place when the block ends well."""
+    temporary = path.with_name(path.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for one process; a second one is refused. A killed process lets go by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecordError(f"{folder} is in use by another umbel process; wait for it, or give another folder") from None
+        yield
+
+
+def sha256(path: Path) -> str:
+    """Returns the hash of a file, or of a folder's files with their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """Returns the time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Record:
+    """One run's folder: `run.toml`, `run.json`, `rounds.jsonl`, the checkpoint, the clients' states, the adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The content of `run.json`; empty before `start`."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def start(self, table: dict[str, Any], info: dict[str, Any]) -> None:
+        """Writes the resolved configuration and what is known before the first round; keeps `started` of a resumed run."""
+        write_file(self.folder / "run.toml", tomli_w.dumps(table).encode())
+        before = self.info
+        write_json(
+            self.folder / "run.json",
+            {**info, "state": "running", "started": before.get("started", now()), "finished": None, "error": None},
+        )
+
+    def update(self, **values: Any) -> None:
+        """Changes entries of `run.json`."""
+        write_json(self.folder / "run.json", {**self.info, **values})
+
+    def commit(self, header: dict[str, Any], tensors: dict[str, Any], line: dict[str, Any]) -> None:
+        """Makes a round durable: first the state (with the round's line inside), then the line in `rounds.jsonl`.
+
+        Args:
+            header: The server's state, JSON part.
+            tensors: The server's state, tensors.
+            line: What `rounds.jsonl` says of the round.
+        """
+        write_file(self.folder / CHECKPOINT, wire.encode(wire.Message({"server": header, "line": line}, tensors)))
+        with (self.folder / "rounds.jsonl").open("ab") as file:
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def restore(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
+        """Returns (header, tensors, last line) of the last durable round, or None; mends `rounds.jsonl` to agree with it."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            (self.folder / "rounds.jsonl").unlink(missing_ok=True)
+            return None
+        message = wire.decode(path.read_bytes())
+        last = message.header["line"]
+        lines = [line for line in self.lines() if line["round"] < last["round"]] + [last]
+        write_file(
+            self.folder / "rounds.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        )
+        return message.header["server"], message.tensors, last
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Returns the rounds so far; a line torn by a kill is left out."""
+        path = self.folder / "rounds.jsonl"
+        result: list[dict[str, Any]] = []
+        for text in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                result.append(json.loads(text))
+            except ValueError:
+                break
+        return result

@@ -1,0 +1,12 @@
+"""Tables and plots from run directories: the closing table, the terminal's table, one HTML page.
+
+Reads the files that a run leaves behind (`job.json`, `split.json`, `run.json`, `run.toml`, `rounds.jsonl`) and nothing
+else, also while the run goes on. Imports neither torch nor transformers; matplotlib only when a page is drawn.
+"""
+
+from umbel.report.closing import as_json, rows
+from umbel.report.jobs import Job, ReportError, Run, read_job
+from umbel.report.page import write_html
+from umbel.report.terminal import table
+
+__all__ = ["Job", "ReportError", "Run", "as_json", "read_job", "rows", "table", "write_html"]

@@ -1,0 +1,99 @@
+"""The closing table for the terminal."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from umbel.report import words
+from umbel.report.closing import best, rows
+from umbel.report.jobs import Job
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+
+OPTIONAL = ("\nby round", "error\nmean", "exact\nmatch", "\nserver", "\novrhd")
+"""Columns that go, in this order, where the terminal is too narrow for all."""
+
+LEGEND = (
+    "own test: clients' models before aggregation, on their own rows; gap: that − score. "
+    "error: ‖ΔW sent − weighted mean‖ / ‖weighted mean‖ over layers, last round. "
+    "up, down: bytes per client. ovrhd: time not in fit or evaluate."
+)
+
+
+def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
+    """Returns the closing table; what does not fit is left to the page and to JSON.
+
+    Args:
+        jobs: What to show.
+        width: Characters to fill; None asks the terminal.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    told = rows(jobs)
+    labels = [row["label"] + _state(row) for row in told]
+    width = width or Console().width
+    columns = _fitting(told, width - min(max(map(_length, ["method", *labels])), width // 4))
+    result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, header_style="bold")
+    result.add_column("\nmethod", overflow="fold", max_width=width // 4)
+    for heading, _ in columns:
+        result.add_column(heading, justify="right", no_wrap=True)
+    for number, (label, row) in enumerate(zip(labels, told)):
+        ends = row["kind"] == "method" and number + 1 < len(told) and told[number + 1]["kind"] != "method"
+        style = "bold" if best(told, "score", row) else "dim" if row["kind"] != "method" else ""
+        # Text, not str: a label may hold what rich would read as markup.
+        result.add_row(Text(label), *(Text(show(row)) for _, show in columns), style=style, end_section=ends)
+    lower = sorted({row["metric"] for row in told if row["lower_is_better"]})
+    result.caption = LEGEND + "".join(f" {metric}: lower is better." for metric in lower)
+    result.caption_justify = "left"
+    return result
+
+
+def _columns(metric: str) -> list[Column]:
+    """Returns (heading, row to text)."""
+    return [
+        ("\nby round", lambda row: _by_round(row["scores"])),
+        (f"\n{metric}", lambda row: words.score(row["score"])),
+        ("exact\nmatch", lambda row: words.score(row["exact_match"])),
+        ("own\ntest", lambda row: words.score(row["local_score"])),
+        ("\ngap", lambda row: words.difference(row["gap"])),
+        ("error\nmax", lambda row: words.error(row["error_max"])),
+        ("error\nmean", lambda row: words.error(row["error_mean"])),
+        ("\nup", lambda row: words.size(row["bytes_up"])),
+        ("\ndown", lambda row: words.size(row["bytes_down"])),
+        ("\nserver", lambda row: words.duration(row["server_seconds"])),
+        ("\nwall", lambda row: words.duration(row["wall_seconds"])),
+        ("\novrhd", lambda row: words.share(row["overhead"])),
+    ]
+
+
+def _fitting(told: list[dict[str, Any]], room: int) -> list[Column]:
+    """Returns the columns that fit into so many characters, with one between them."""
+    columns = _columns("/".join(dict.fromkeys(row["metric"] for row in told)) or "score")
+    columns = [x for x in columns if x[0] != "exact\nmatch" or any(row["exact_match"] is not None for row in told)]
+    for gone in OPTIONAL:
+        if sum(1 + max(map(_length, [heading, *map(show, told)])) for heading, show in columns) <= room:
+            break
+        columns = [column for column in columns if column[0] != gone]
+    return columns
+
+
+def _length(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
+def _by_round(scores: list[float | None]) -> str:
+    """Returns the first scores."""
+    short = [words.MISSING if x is None else f"{x:.2f}" for x in scores]
+    return " ".join(short if len(short) <= 3 else [*short[:2], "…"])
+
+
+def _state(row: dict[str, Any]) -> str:
+    """Returns what stands under the label of a run that is not done."""
+    of = f" {row['rounds']}/{row['rounds_planned']}" if row["rounds_planned"] else ""
+    return "" if row["state"] == "done" else f"\n{row['state']}{of}"

@@ -1,0 +1,276 @@
+"""run(): from a configuration table to a directory with every number out.
+
+A job is one or several methods over the same clients, rows, seeds and steps, with two baselines beside them, always:
+`central` (all rows in one place) and `local` (every client on its own). Both are federations of one client.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from umbel import __version__, config as configuration, method as methods
+from umbel.config import Config, ConfigError, MethodChoice
+from umbel.engine.local import Local
+from umbel.loop import Plan, federate
+from umbel.record import Record, RecordError, locked, now, write_file, write_json
+from umbel.server import OBSERVER
+
+Listener = Callable[[dict[str, Any]], None]
+
+MAY_DIFFER = {"method", "lora", "training", "server", "wire"}
+"""What the methods of one job may set for themselves; all else is shared, or they could not be compared."""
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a job: a method, the central baseline, or one client on its own.
+
+    Args:
+        label: Its name in tables.
+        folder: Relative to the job's.
+        config: Resolved.
+        clients: Their numbers.
+        role: "method", "central" or "local".
+    """
+
+    label: str
+    folder: str
+    config: Config
+    clients: list[int]
+    role: str
+
+
+def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: None) -> Path:
+    """Runs a job to its end, or on from where its folder stops; what is finished is not repeated.
+
+    Args:
+        table: A configuration as TOML gives it (see `umbel.config`).
+        folder: Where everything goes.
+        listen: Called with events, for progress.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: The configuration cannot be run.
+        ServerError: A round had nobody left.
+        RecordError: Another process is at work in the folder.
+    """
+    from umbel.client import client, data, model
+
+    configs = configuration.configs(table)
+    shared = _shared(configs)
+    with locked(folder):
+        write_file(folder / "job.toml", tomli_w.dumps(table).encode())
+        listen({"event": "stage", "text": "reading data"})
+        dataset = data.load(shared)
+        manifest = dataset.manifest()
+        write_json(folder / "split.json", manifest)
+        listen({"event": "split", "manifest": manifest})
+        members = _members(configs, shared, dataset.clients)
+        write_json(folder / "job.json", _contents(members))
+        if all(Record(folder / member.folder).info.get("state") == "done" for member in members):
+            return folder
+        listen({"event": "stage", "text": "loading the model"})
+        base = model.load(shared, len(dataset.labels))
+        train, test = client.tokens(shared, base, dataset)
+        facts = _facts(manifest, model.fingerprint(shared), shared)
+        for index, member in enumerate(members):
+            listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
+            own = _pooled(dataset) if member.role == "central" else dataset
+            _run_member(folder / member.folder, member, client.Resident, base, own, train, test, facts, listen)
+    return folder
+
+
+def resume(folder: Path, listen: Listener = lambda event: None) -> Path:
+    """Goes on with a job that stopped, by its own configuration.
+
+    Raises:
+        RecordError: The folder holds no job.
+    """
+    for place in (folder, folder.parent):
+        if (place / "job.toml").exists():
+            return run(configuration.read(place / "job.toml"), place, listen)
+    raise RecordError(f"{folder} holds no job.toml, so there is nothing to resume; give a folder that `umbel run` made")
+
+
+def _shared(configs: dict[str, Config]) -> Config:
+    """Returns the first configuration, after checking that the others share all that must be shared."""
+    first, *others = configs.values()
+    for other in others:
+        for name in configuration.SECTIONS:
+            if name not in MAY_DIFFER and getattr(first, name) != getattr(other, name):
+                raise ConfigError(
+                    f"[[method]] {other.method.name}: '{name}' differs from {first.method.name}'s. Methods of one job share "
+                    f"all but {', '.join(sorted(MAY_DIFFER - {'method'}))}; run them as two jobs"
+                )
+    return first
+
+
+def _members(configs: dict[str, Config], shared: Config, clients: int) -> list[Member]:
+    everyone = list(range(clients))
+    single = len(configs) == 1
+    result = [
+        Member(label, "." if single else label, config, everyone, "method") for label, config in configs.items()
+    ]
+    # The baselines train the usual A and B, with the first method's options of LoRA and training.
+    plain = replace(shared, method=MethodChoice("fedit"), server=replace(shared.server, clients_per_round=0))
+    training = shared.training
+    if training.max_steps > 0:
+        # As many rows as all clients together see.
+        training = replace(training, max_steps=training.max_steps * clients)
+    central = replace(plain, training=replace(training, optimizer_state="keep"))
+    result.append(Member("central", "central", central, [0], "central"))
+    result += [Member(f"local {k}", f"local/client-{k}", plain, [k], "local") for k in everyone]
+    return result
+
+
+def _pooled(dataset: Any) -> Any:
+    """Returns the same rows, all of them client 0's."""
+    return replace(
+        dataset, owner_train=[0] * len(dataset.owner_train), owner_test=[0] * len(dataset.owner_test), clients=1
+    )
+
+
+def _contents(members: list[Member]) -> dict[str, Any]:
+    return {
+        "members": {member.label: member.folder for member in members},
+        "methods": [member.label for member in members if member.role == "method"],
+        "central": next(member.folder for member in members if member.role == "central"),
+        "local": [member.folder for member in members if member.role == "local"],
+    }
+
+
+def _run_member(
+    folder: Path,
+    member: Member,
+    resident_class: Any,
+    base: Any,
+    dataset: Any,
+    train: list[Any],
+    test: list[Any],
+    facts: dict[str, Any],
+    listen: Listener,
+) -> None:
+    from umbel.client.adapter import Adapter
+    from umbel.client.client import Client
+    from umbel.client.publish import publish
+
+    record = Record(folder)
+    if record.info.get("state") == "done":
+        return
+    config = member.config
+    info = {"label": member.label, "role": member.role, "clients": len(member.clients), **facts}
+    record.start(configuration.to_table(config), {**info, **_identity(config)})
+    adapter = Adapter(base.model, config.lora, config.task.kind, config.seed)
+    try:
+        resident = resident_class(config, base, adapter, dataset, train, test)
+        resident.on_step = lambda number, step, steps: listen(
+            {"event": "step", "client": number, "step": step, "steps": steps}
+        )
+        answers = {k: Client(k, resident, folder / "clients" / str(k)).answer for k in [*member.clients, OBSERVER]}
+        server = federate(Local(answers), _plan(member), record, lambda event: listen({"event": "round", **event}))
+        published = None
+        if member.role != "local":
+            listen({"event": "stage", "text": f"{member.label}: writing the adapter and reading it back"})
+            adapter.restart(config.seed)
+            adapter.apply(server.owed[-1], server.plain, own_rank=False)
+            rows = sum(owner in member.clients for owner in dataset.owner_train)
+            published = publish(
+                folder / "adapter", config, base.path, server.model(), server.plain, dataset.labels, rows, adapter.model, test[:8]
+            )
+        seconds = sum(line["seconds"]["total"] for line in record.lines())
+        record.update(state="done", finished=now(), adapter=published, seconds=seconds)
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        record.update(state=state, error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        adapter.remove()
+
+
+def _plan(member: Member) -> Plan:
+    config = member.config
+    return Plan(
+        method=methods.load(config.method.name, **config.method.options),
+        rounds=config.rounds,
+        clients=member.clients,
+        seed=config.seed,
+        dtype=config.wire.dtype,
+        clients_per_round=config.server.clients_per_round,
+        measure_error=config.server.aggregation_error and member.role == "method",
+        observe="end" if member.role == "local" else "rounds",
+        observe_start=config.task.kind != "classification" and member.role != "local",
+        score_clients=member.role == "method",
+    )
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    return {
+        "method": {"name": config.method.name, **config.method.options},
+        "config": configuration.to_table(config),
+    }
+
+
+def _facts(manifest: dict[str, Any], fingerprint: str, config: Config) -> dict[str, Any]:
+    """Returns the provenance that all runs of a job share."""
+    from umbel.client.evaluate import metric
+
+    split = hashlib.sha256(json.dumps(manifest["rows"], sort_keys=True).encode()).hexdigest()
+    return {
+        "umbel": __version__,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "machine": _machine(),
+        "model": {"name": config.model.name, "sha256": fingerprint},
+        "data": {**manifest["hashes"], "split": split},
+        "metric": metric(config),
+        "adapter": None,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = named[0].partition(":")[2].strip() if named else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory,
+        "platform": platform.platform(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def free_folder(wanted: Path) -> Path:
+    """Returns `wanted`, or with -2, -3 … where it exists."""
+    folder, number = wanted, 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+

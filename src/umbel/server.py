@@ -1,0 +1,289 @@
+"""The server's arithmetic: what all clients hold, what each is owed, and one round's folding. Knows no transport."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umbel import algebra, method, wire
+from umbel.method import Download, Factors, Mean, Method, MethodError, Stack
+
+OBSERVER = -1
+"""The number of the client that only scores the common model on all test rows; its bytes are not counted."""
+
+
+class Refused(ValueError):
+    """An upload that is left out of the round; the message is the reason in the record."""
+
+
+class ServerError(RuntimeError):
+    """The round cannot be ended; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One adapted weight: d_out × d_in, and the rank r of its adapter."""
+
+    d_out: int
+    d_in: int
+    rank: int
+
+
+def fresh_factors(layer: str, shape: LayerShape, seed: int) -> Factors:
+    """Returns the factors of a new adapter: A random from the seed and the layer's name, B = 0.
+
+    Clients and server call this with the same arguments and hold the same bits.
+    """
+    A = algebra.fresh_A(shape.rank, shape.d_in, algebra.seed_of(seed, layer))
+    return {"A": A, "B": torch.zeros(shape.d_out, shape.rank)}
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What one round's uploads became.
+
+    Args:
+        downloads: Per layer, as rounded by the wire.
+        plain: Weighted means of parameters that are not factors.
+        error: Per layer ‖ΔW_sent − Σ p_k ΔW_k‖_F / ‖Σ p_k ΔW_k‖_F, where it was measured.
+        rank: Per layer the rank of the product that was sent.
+    """
+
+    downloads: dict[str, Download]
+    plain: dict[str, Tensor]
+    error: dict[str, float] | None
+    rank: dict[str, int]
+
+
+class Server:
+    """What the clients hold in common, and what each of them is owed.
+
+    Args:
+        layers: Shape of every adapted weight.
+        seed: The run's.
+        dtype: The wire's; the server holds what the clients hold after rounding.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerShape], seed: int, dtype: str = "float32") -> None:
+        self.layers = dict(layers)
+        self.seed = seed
+        self.dtype = dtype
+        self.round = 0
+        self.held = {layer: fresh_factors(layer, shape, seed) for layer, shape in self.layers.items()}
+        self.merged: dict[str, tuple[Tensor, Tensor]] = {}
+        self.plain: dict[str, Tensor] = {}
+        # How many rounds' results each client has; −1 for one that never started.
+        self.has: dict[int, int] = {}
+        # What is owed to clients that have so many rounds; clients that left together share one composition.
+        self.owed: dict[int, dict[str, Download]] = {-1: {layer: Download(reset=seed) for layer in self.layers}}
+
+    def owed_to(self, client: int) -> dict[str, Download]:
+        """Returns all that happened since the client last took its downloads, composed per layer."""
+        return self.owed[self.has.get(client, -1)]
+
+    def took(self, client: int) -> None:
+        """Notes that a client holds all that happened until now."""
+        self.has[client] = self.round
+        self.owed.setdefault(self.round, {})
+
+    def settle(self, aggregated: Aggregated) -> None:
+        """Ends a round: what was combined is held from now on, and owed to everybody."""
+        self.round += 1
+        for layer, download in aggregated.downloads.items():
+            self._hold(layer, download)
+        self.plain = {**self.plain, **aggregated.plain}
+        wanted = {*self.has.values(), -1}
+        self.owed = {
+            has: {layer: owed.get(layer, Download()).then(aggregated.downloads.get(layer, Download())) for layer in self.layers}
+            for has, owed in self.owed.items()
+            if has in wanted
+        }
+
+    def _hold(self, layer: str, download: Download) -> None:
+        if download.reset is not None:
+            self.held[layer] = fresh_factors(layer, self.layers[layer], download.reset)
+        self.held[layer] = {**self.held[layer], **download.factors}
+        merged = algebra.add_products(self.merged.get(layer), download.merge)
+        if merged is not None:
+            self.merged[layer] = merged
+
+    def model(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns per layer (B, A), whose product is all that training has added to the frozen weight."""
+        result: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer, factors in self.held.items():
+            total = algebra.add_products(self.merged.get(layer), method.product(factors))
+            assert total is not None
+            result[layer] = total
+        return result
+
+    # State to tensors and back, for the record.
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Returns everything that a later process needs to go on, as (JSON, tensors)."""
+        header: dict[str, Any] = {"round": self.round, "has": {str(k): n for k, n in self.has.items()}, "owed": {}}
+        tensors = {f"held/{key}": x for key, x in wire.pack_factors(self.held).items()}
+        tensors |= {f"plain/{name}": x for name, x in self.plain.items()}
+        for layer, (B, A) in self.merged.items():
+            tensors |= {f"merged/{layer}|B": B, f"merged/{layer}|A": A}
+        for has, downloads in self.owed.items():
+            packed, own = wire.pack(downloads)
+            header["owed"][str(has)] = packed
+            tensors |= {f"owed/{has}/{key}": x for key, x in own.items()}
+        return header, tensors
+
+    def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+
+        self.round = int(header["round"])
+        self.has = {int(k): int(n) for k, n in header["has"].items()}
+        self.held = wire.unpack_factors(under("held/"))
+        self.plain = under("plain/")
+        self.merged = {layer: (own["B"], own["A"]) for layer, own in wire.unpack_factors(under("merged/")).items()}
+        self.owed = {int(has): wire.unpack(packed, under(f"owed/{has}/")) for has, packed in header["owed"].items()}
+
+
+@dataclass
+class Aggregator:
+    """One round: fold uploads in the order of asking, then combine.
+
+    Args:
+        phase: The method, or its measuring phase.
+        server: What is held in common; read, not changed.
+        measure_error: Keep every upload's product for the aggregation error.
+    """
+
+    phase: Method
+    server: Server
+    measure_error: bool = True
+    folded: list[int] = field(default_factory=list[int])
+
+    def __post_init__(self) -> None:
+        self._collectors = {layer: self.phase.collect() for layer in self.server.layers}
+        self._plain = Mean()
+        # A measurement has no update whose aggregate could be wrong.
+        self._ideal = {layer: Stack() for layer in self.server.layers} if self.measure_error and self.phase.trains else None
+
+    def add(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
+        """Checks one client's upload whole, then folds it in.
+
+        Args:
+            client: Its number.
+            weight: n_k, its number of rows.
+            factors: Per layer what the phase `sends`.
+            plain: Parameters that are not factors.
+
+        Raises:
+            Refused: The upload does not fit; nothing of it was folded.
+        """
+        self._check(client, weight, factors, plain)
+        for layer, own in factors.items():
+            self._collectors[layer].add(own, weight)
+            if self._ideal is not None:
+                B, A = method.product({**self.server.held[layer], **own})
+                self._ideal[layer].add({"B": B, "A": A}, weight)
+        if plain:
+            self._plain.add(dict(plain), weight)
+        self.folded.append(client)
+
+    def _check(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
+        if not 0 < weight < float("inf"):
+            raise Refused(f"client {client} says it has {weight} rows, allowed: more than 0")
+        sends = set(self.phase.sends)
+        wanted = set(self.server.layers) if sends else set[str]()
+        if set(factors) != wanted:
+            missing, extra = sorted(wanted - set(factors)), sorted(set(factors) - wanted)
+            raise Refused(f"client {client}: layers missing {missing[:3]}, unknown {extra[:3]}")
+        for layer, own in factors.items():
+            if set(own) != sends:
+                raise Refused(f"layer {layer!r}: client {client} sent {sorted(own)}, wanted {sorted(sends)}")
+            self._check_shapes(client, layer, own)
+            for name, x in own.items():
+                if not torch.isfinite(x).all():
+                    raise Refused(f"layer {layer!r}: client {client} sent {name} with NaN or infinity")
+        known = {name: x.shape for name, x in self.server.plain.items()} or self._plain_shapes
+        for name, x in plain.items():
+            if not torch.isfinite(x).all():
+                raise Refused(f"parameter {name!r}: client {client} sent NaN or infinity")
+        if known is not None and {name: x.shape for name, x in plain.items()} != known:
+            raise Refused(f"client {client}: parameters that are not factors differ from the others' in name or shape")
+        self._plain_shapes = {name: x.shape for name, x in plain.items()}
+
+    _plain_shapes: dict[str, torch.Size] | None = None
+
+    def _check_shapes(self, client: int, layer: str, own: Factors) -> None:
+        shape = self.server.layers[layer]
+        where = f"layer {layer!r}: client {client}"
+        rank = own["A"].shape[0] if "A" in own and own["A"].ndim == 2 else shape.rank
+        if "B" in own and "A" not in own and own["B"].ndim == 2:
+            rank = own["B"].shape[1]
+        if rank != shape.rank and self.phase.collect is Mean:
+            name = type(self.phase).__module__.rpartition(".")[2]
+            raise Refused(
+                f"{where} sent factors of rank {rank}, others {shape.rank}. {name} averages factors and needs one rank; "
+                "`umbel methods` lists those that take mixed ranks"
+            )
+        if not 1 <= rank <= max(shape.d_in, shape.d_out):
+            raise Refused(f"{where} sent rank {rank}, allowed: 1 to {max(shape.d_in, shape.d_out)}")
+        expected = {
+            "A": (rank, shape.d_in),
+            "B": (shape.d_out, rank),
+            "R": (rank, rank),
+            "G": (shape.d_out, shape.d_in),
+        }
+        for name, x in own.items():
+            if tuple(x.shape) != expected.get(name):
+                raise Refused(f"{where} sent {name} of shape {tuple(x.shape)}, wanted {expected.get(name)}")
+
+    def done(self) -> Aggregated:
+        """Combines what was folded.
+
+        Raises:
+            ServerError: Nobody was folded, or the method refuses what it got.
+        """
+        if not self.folded:
+            raise ServerError("no client is left in this round; the record says why each was refused")
+        held = self.server.held
+        got = {layer: collector.done() if self.phase.sends else {} for layer, collector in self._collectors.items()}
+        try:
+            combined = self.phase.combine_layers(got, held)
+        except MethodError as error:
+            raise ServerError(str(error)) from error
+        downloads = {layer: self._finish(layer, download) for layer, download in combined.items()}
+        error: dict[str, float] | None = None
+        rank: dict[str, int] = {}
+        for layer, download in downloads.items():
+            sent = self._sent(layer, download)
+            rank[layer] = sent[0].shape[-1]
+            if self._ideal is not None:
+                ideal = self._ideal[layer].done()
+                error = error or {}
+                error[layer] = algebra.relative_error(sent, (ideal["B"], ideal["A"]))
+        plain = {name: wire.rounded(x, self.server.dtype) for name, x in self._plain.done().items()}
+        return Aggregated(downloads, plain, error, rank)
+
+    def _finish(self, layer: str, download: Download) -> Download:
+        """Mixes the run's seed and the round into a reset, and rounds tensors as the wire will."""
+        dtype, reset, merge = self.server.dtype, download.reset, download.merge
+        return replace(
+            download,
+            factors={name: wire.rounded(x, dtype) for name, x in download.factors.items()},
+            merge=None if merge is None else (wire.rounded(merge[0], dtype), wire.rounded(merge[1], dtype)),
+            reset=None if reset is None else algebra.seed_of(self.server.seed, self.server.round, reset),
+        )
+
+    def _sent(self, layer: str, download: Download) -> tuple[Tensor, Tensor]:
+        """The product by which the clients' weights will differ from the frozen weight they started the round with."""
+        if download.reset is not None:
+            held = {**fresh_factors(layer, self.server.layers[layer], download.reset), **download.factors}
+            if "B" not in download.factors and download.merge is not None:
+                return download.merge  # the fresh adapter's own product is zero
+        else:
+            held = {**self.server.held[layer], **download.factors}
+        sent = algebra.add_products(download.merge, method.product(held))
+        assert sent is not None
+        return sent
