@@ -158,8 +158,8 @@ def _round(
         for reply in _in_order(engine.ask(_counted(asked, request, heard)), asked):
             _fold(reply, aggregator, heard)
             progress(
-                {"round": train_round, "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
-                | {"client": reply.client}
+                {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
+                | {"client": reply.client, "answered": len(heard.replies)}
             )
     else:
         # A phase that sends nothing (Fed-SB's random start) is the server's alone.

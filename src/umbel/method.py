@@ -58,7 +58,7 @@ class Download:
         ({}, 7, torch.Size([3, 2]))
         """
         return Download(
-            factors={} if later.reset is not None else {**self.factors, **later.factors},
+            factors=later.factors if later.reset is not None else {**self.factors, **later.factors},
             merge=algebra.add_products(self.merge, later.merge),
             reset=self.reset if later.reset is None else later.reset,
         )

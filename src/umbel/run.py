@@ -274,3 +274,23 @@ def free_folder(wanted: Path) -> Path:
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
 
+
+
+def evaluate_again(folder: Path) -> dict[str, Any]:
+    """Scores a finished run's adapter, loaded from disk with stock PEFT, on the run's test rows.
+
+    Args:
+        folder: A run's folder.
+
+    Raises:
+        RecordError: There is no adapter.
+    """
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise RecordError(f"{folder} has no adapter/; give a finished run's folder (of a method or the central baseline)")
+    from umbel.client import data, publish
+    from umbel.client.evaluate import evaluate
+
+    config = configuration.from_table(configuration.read(folder / "run.toml"))
+    dataset = data.load(config)
+    base = publish.read(folder / "adapter", config, len(dataset.labels))
+    return evaluate(base.model, base.tokenizer, dataset.test, dataset.labels, config)

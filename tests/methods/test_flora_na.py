@@ -98,6 +98,16 @@ def test_clients_that_differ_by_length_alone_are_combined_without_error():
     assert error(aggregate(pairs, rows), pairs, rows) < 1e-6
 
 
+def test_what_the_loss_cannot_see_stays_as_it_was():
+    # Two clients sent the same: only the sum of their coefficients matters, and damping keeps the difference.
+    pairs, p = clients(3, 1.0), torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
+    Bs, As = (torch.stack(x) for x in zip(*[pairs[0], *pairs]))
+    P, Q, losses = load("flora_na").coefficients([algebra.gram_blocks(Bs, As)], p)
+    assert len(losses) > 1
+    assert float(P[1] - P[0]) == pytest.approx(0.3, abs=1e-6)
+    assert float(Q[1] - Q[0]) == pytest.approx(0.3, abs=1e-6)
+
+
 def test_the_gauge_is_fedits_ratio_of_norms():
     pairs, rows = clients(4, 2.0), [1.0, 2.0, 3.0, 4.0]
     B, A = aggregate(pairs, rows)

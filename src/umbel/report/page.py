@@ -328,7 +328,7 @@ def _run_details(label: str, run: Run) -> str:
     )
     torn = '<p class="alert">The last line of rounds.jsonl was not complete and is left out.</p>' if run.torn else ""
     return (
-        f"<details><summary>{label}</summary>{torn}<h3>Resolved configuration</h3><pre>{say(config)}</pre>"
+        f"<details><summary>{say(label)}</summary>{torn}<h3>Resolved configuration</h3><pre>{say(config)}</pre>"
         f'<h3>Versions, machine, hashes</h3><div class="scroll"><table><tbody>{body}</tbody></table></div></details>'
     )
 

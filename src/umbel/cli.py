@@ -1,0 +1,291 @@
+"""The command line. Heavy imports happen inside commands, so that `umbel --help` answers at once."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="umbel",
+    help="Federated LoRA fine-tuning of language models: adapters aggregated right, and the error said out loud.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file.")]
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: the user's input is wrong; the run failed; Ctrl-C."""
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="A TOML file, e.g. examples/quickstart.toml.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<file's name> if not given.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that stopped.")] = None,
+    assignments: SetFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Federate: train every method of the file, with central and local baselines beside them."""
+    with _errors():
+        from umbel import config, report, run as running
+
+        if (file is None) == (resume is None):
+            raise config.ConfigError("give a TOML file, or --resume DIR; one of the two")
+        if resume is not None and (assignments or out is not None):
+            raise config.ConfigError("--resume goes on with the run's own configuration; --set and --out are not for it")
+        folder = resume or out or running.free_folder(Path("runs") / (file or Path()).stem)
+        if resume is None and (folder / "job.toml").exists():
+            raise config.ConfigError(f"{folder} holds a run already; `umbel run --resume {folder}`, or give another --out")
+        with _listening(as_json) as listen:
+            try:
+                if resume is not None:
+                    folder = running.resume(resume, listen)
+                else:
+                    assert file is not None
+                    running.run(config.read(file, assignments), folder, listen)
+            except KeyboardInterrupt:
+                typer.echo(f"\nStopped. Finished rounds are kept; go on with: umbel run --resume {folder}", err=True)
+                raise typer.Exit(INTERRUPTED) from None
+        page = report.write_html([report.read_job(folder)], folder / "report.html")
+        _print_report([folder], as_json)
+        if not as_json:
+            typer.echo(f"Report: {page}")
+            for label, place in _adapters(folder).items():
+                typer.echo(f"Adapter of {label}: {place}")
+
+
+@app.command(name="report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `umbel run` made.")],
+    out: Annotated[Path | None, typer.Option(help="The page; report.html in the first folder if not given.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the table of one or several runs and write report.html."""
+    with _errors():
+        from umbel import report
+
+        page = report.write_html([report.read_job(folder) for folder in folders], out or folders[0] / "report.html")
+        _print_report(folders, as_json)
+        if not as_json:
+            typer.echo(f"Report: {page}")
+
+
+@app.command(name="eval")
+def eval_command(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, with adapter/ inside.")], as_json: JsonFlag = False
+) -> None:
+    """Score a finished run's adapter again, loaded from disk with plain PEFT."""
+    with _errors():
+        from umbel import run as running
+
+        scores = running.evaluate_again(folder)
+        if as_json:
+            typer.echo(json.dumps(scores))
+        else:
+            _show([(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in scores.items()])
+
+
+@app.command()
+def methods(as_json: JsonFlag = False) -> None:
+    """Print what each method can do, measured on a tiny model."""
+    with _errors():
+        from umbel import method, testing
+
+        found = {name: testing.capabilities(name) for name in method.names()}
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            _console().print(_capability_table(found))
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A method's name, or my_package.my_method.")], as_json: JsonFlag = False
+) -> None:
+    """Run the conformance suite on a method, ours or yours."""
+    with _errors():
+        from umbel import testing
+
+        sys.path.insert(0, "")  # a module in the working directory is what its author means
+        try:
+            results = testing.check_method(name)
+        except testing.NonConforming as error:
+            results = error.results
+        if as_json:
+            typer.echo(json.dumps([vars(result) for result in results]))
+        else:
+            _console().print(_check_table(results))
+        if any(result.holds is False for result in results):
+            raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Entry point of the `umbel` command."""
+    app()
+
+
+# What the commands share
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Turns our own exceptions into one line and an exit code; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        kind = type(error).__name__
+        module = type(error).__module__
+        if not module.startswith("umbel.") and not isinstance(error, OSError):
+            raise
+        wrong_input = kind in ("ConfigError", "MethodError", "RecordError", "ReportError") or isinstance(error, OSError)
+        typer.echo(f"umbel: {error}", err=True)
+        raise typer.Exit(BAD_INPUT if wrong_input else FAILED) from None
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _print_report(folders: list[Path], as_json: bool) -> None:
+    from umbel import report
+
+    jobs = [report.read_job(folder) for folder in folders]
+    if as_json:
+        typer.echo(json.dumps(report.as_json(jobs)))
+    else:
+        _console().print(report.table(jobs))
+
+
+def _adapters(folder: Path) -> dict[str, Path]:
+    contents = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    return {label: folder / contents["members"][label] / "adapter" for label in contents["methods"]}
+
+
+@contextlib.contextmanager
+def _listening(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields the listener that draws progress: the whole job with the time left, and the round that runs."""
+    if quiet:
+        yield lambda event: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Drawing(progress, console)
+
+
+class _Drawing:
+    """Turns events into two bars: runs of the job, and client-rounds (with steps as fractions) of the current run."""
+
+    def __init__(self, progress: Any, console: Any) -> None:
+        self.progress, self.console = progress, console
+        self.job = progress.add_task("starting", total=None)
+        self.run = progress.add_task("", total=None, visible=False)
+        self.clients = self.rounds = 1
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "stage":
+            self.progress.update(self.job, description=event["text"])
+        elif kind == "split":
+            self.console.print(_split_table(event["manifest"]))
+        elif kind == "member":
+            text = f"run {event['label']}"
+            self.progress.update(self.job, description=text, completed=event["index"], total=event["members"])
+            self.progress.reset(self.run, total=None, visible=True, description="opening")
+        elif kind == "step":
+            task = self.progress.tasks[self.run]
+            done = int(task.completed) + event["step"] / event["steps"] * 0.999
+            self.progress.update(self.run, completed=done)
+        elif kind == "round":
+            self._round(event)
+
+    def _round(self, event: dict[str, Any]) -> None:
+        total = event["rounds"] * event["clients"]
+        done = (event["round"] - 1) * event["clients"] + event["answered"] if event["phase"] == "train" else 0
+        text = f"  round {event['round']} of {event['rounds']}, client {event['client']}"
+        self.progress.update(self.run, description=text, completed=done, total=total)
+
+
+def _split_table(manifest: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"Who owns which rows ({manifest['kind']})", title_justify="left")
+    table.add_column("client", justify="right")
+    table.add_column("train", justify="right")
+    table.add_column("test", justify="right")
+    table.add_column("labels", justify="right")
+    table.add_column("most of its training rows", overflow="fold")
+    for client, (train, test) in enumerate(zip(manifest["train"], manifest["test"])):
+        order = sorted(range(len(train)), key=lambda i: -train[i])
+        most = ", ".join(f"{manifest['labels'][i]} {train[i]}" for i in order[:3] if train[i])
+        table.add_row(str(client), str(sum(train)), str(sum(test)), str(sum(n > 0 for n in train)), most)
+    return table
+
+
+def _capability_table(found: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="Methods, measured on invented clients and a 64 × 48 layer of rank 3; bytes are per layer, client and round",
+        title_justify="left",
+        box=None,
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("exact", "error", "bytes up", "bytes down", "start up/down", "maskable", "mixed ranks"):
+        table.add_column(heading, justify="right")
+    table.add_column("server memory")
+    for name, own in found.items():
+        cells = [own[key] for key in ("exact", "error", "bytes_up", "bytes_down")]
+        start = f"{own['start_bytes_up']}/{own['start_bytes_down']}" if own["start_bytes_down"] else ""
+        cells += [start, own["maskable"], own["mixed_ranks"], own["server_memory"]]
+        table.add_row(name, *map(_cell, cells))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1e}"
+    return str(value)
+
+
+def _check_table(results: list[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for heading in ("", "phase", "property", "measured"):
+        table.add_column(heading, overflow="fold")
+    signs = {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "[dim]–[/]"}
+    for result in results:
+        table.add_row(signs[result.holds], result.phase, result.claim, result.detail)
+    return table
+
+
+if __name__ == "__main__":
+    main()
