@@ -2,16 +2,18 @@
 
 import math
 import random
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from umbel import algebra, wire
 from umbel.engine import Ask, Engine, Reply
 from umbel.method import Method
 from umbel.record import Record
-from umbel.server import OBSERVER, Aggregated, Aggregator, LayerShape, Refused, Server, ServerError
+from umbel.server import MOST_ROWS, OBSERVER, Aggregated, Aggregator, LayerShape, Refused, Server, ServerError
 
 Progress = Callable[[dict[str, Any]], None]
 STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
@@ -62,10 +64,13 @@ class _Heard:
         said = header.get("seconds")
         for stage in STAGES:
             value = said.get(stage) if isinstance(said, dict) else None
-            self.seconds[stage] += float(value) if isinstance(value, (int, float)) and 0 <= value < 1e9 else 0.0
+            self.seconds[stage] += float(value) if _is_number(value) and 0 <= value < 1e9 else 0.0
 
     def refuse(self, client: int, reason: str) -> None:
-        self.refused.append({"client": client, "reason": reason})
+        self.refused.append({"client": client, "reason": reason[:1000]})
+
+    def reasons(self) -> str:
+        return "; ".join(f"client {refused['client']}: {refused['reason']}" for refused in self.refused)
 
 
 def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = lambda event: None) -> Server:
@@ -101,32 +106,70 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
 
 
 def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int, int]]:
-    """Asks every client for its layers and rows; they must agree on the layers."""
+    """Asks every client for its layers and rows; those whose layers are not the majority's are left out of the run."""
     began = time.perf_counter()
     heard = _Heard()
     payload = wire.encode(wire.Message({"kind": "open"}))
-    shapes: dict[str, list[int]] = {}
+    said: dict[int, dict[str, LayerShape]] = {}
+    rows: dict[int, int] = {}
     for reply in _in_order(engine.ask(_counted(plan.clients, lambda _: payload, heard)), plan.clients):
         message = _read(reply, heard)
         if message is None:
             continue
-        layers = message.header.get("layers", {})
-        shapes = shapes or layers
-        if layers != shapes:
-            differs = next(name for name in {**shapes, **layers} if shapes.get(name) != layers.get(name))
-            raise ServerError(
-                f"layer {differs!r}: client {reply.client} has {layers.get(differs)} (d_out, d_in, rank), others "
-                f"{shapes.get(differs)}. All clients need the same base model and lora.target_modules"
-            )
-        heard.answered.append(reply.client)
-    rows = {client: int(heard.replies[client]["rows"]) for client in heard.answered}
-    if not rows:
-        raise ServerError(f"no client answered the opening: {heard.refused}")
-    server = Server({name: LayerShape(*shape) for name, shape in shapes.items()}, plan.seed, plan.dtype)
+        try:
+            rows[reply.client] = _rows(reply.client, message.header)
+            said[reply.client] = _layers(reply.client, message.header)
+        except Refused as error:
+            heard.refuse(reply.client, str(error))
+    if not said:
+        raise ServerError(f"no client answered the opening ({heard.reasons()})")
+    layers = _majority(said)
+    for client, own in said.items():
+        if own == layers:
+            heard.answered.append(client)
+        else:
+            heard.refuse(client, _difference(client, own, layers))
+    rows = {client: rows[client] for client in heard.answered}
+    server = Server(layers, plan.seed, plan.dtype)
     scores = _observe(engine, server, True, heard) if plan.observe_start else None
     line = _line(0, "open", 0, plan.clients, heard, None, scores, began)
     _commit(record, server, rows, line)
     return server, rows
+
+
+def _rows(client: int, header: Mapping[str, Any]) -> int:
+    rows = header.get("rows")
+    if type(rows) is not int or not 1 <= rows <= MOST_ROWS:
+        raise Refused(f"client {client} says it has {rows!r:.80} rows, allowed: 1 to {MOST_ROWS:.0e}")
+    return rows
+
+
+def _layers(client: int, header: Mapping[str, Any]) -> dict[str, LayerShape]:
+    layers = header.get("layers")
+    if not isinstance(layers, dict) or not layers:
+        raise Refused(f"client {client} says its layers are {layers!r:.80}, allowed: one or more with (d_out, d_in, rank)")
+    for name, shape in layers.items():
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n < 2**31 for n in shape):
+            raise Refused(f"layer {name!r}: client {client} says {shape!r:.80}, allowed: d_out, d_in and rank, 1 or more each")
+    return {name: LayerShape(*shape) for name, shape in layers.items()}
+
+
+def _majority(said: Mapping[int, dict[str, LayerShape]]) -> dict[str, LayerShape]:
+    """Returns the layers that most clients have, in the order in which the first of them names them."""
+    (most, count), *others = Counter(frozenset(layers.items()) for layers in said.values()).most_common(2)
+    agreed = next(layers for layers in said.values() if frozenset(layers.items()) == most)
+    if others and others[0][1] == count:
+        client, own = next((client, own) for client, own in said.items() if own != agreed)
+        raise ServerError(_difference(client, own, agreed))
+    return agreed
+
+
+def _difference(client: int, own: Mapping[str, LayerShape], others: Mapping[str, LayerShape]) -> str:
+    name = next(name for name in {**others, **own} if own.get(name) != others.get(name))
+    return (
+        f"layer {name!r}: client {client} has {own.get(name)}, others {others.get(name)}. "
+        "All clients need the same base model and the same [lora]"
+    )
 
 
 def _round(
@@ -170,8 +213,8 @@ def _round(
     try:
         aggregated = aggregator.done()
     except ServerError as error:
-        reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in heard.refused)
-        raise ServerError(f"round {index + 1}: {error}" + (f" ({reasons})" if reasons else "")) from error
+        reasons = f" ({heard.reasons()})" if heard.refused else ""
+        raise ServerError(f"round {index + 1}: {error}{reasons}") from error
     for client in heard.replies:
         server.took(client)
     server.settle(aggregated)
@@ -261,7 +304,7 @@ def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard) -> None:
     started = time.perf_counter()
     try:
         factors = wire.unpack_factors(message.tensors)
-        weight = float(message.header.get("rows", 0))
+        weight = _rows(reply.client, message.header)
         aggregator.add(reply.client, weight, factors, wire.unpack_plain(message.tensors))
         heard.answered.append(reply.client)
     except (Refused, wire.WireError) as error:
@@ -269,19 +312,34 @@ def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard) -> None:
     heard.seconds["server"] += time.perf_counter() - started
 
 
-def _observe(engine: Engine, server: Server, generate: bool, heard: _Heard) -> dict[str, Any]:
+def _observe(engine: Engine, server: Server, generate: bool, heard: _Heard) -> dict[str, Any] | None:
     """Scores the common model on all test rows, by a client that only observes."""
     packed, tensors = wire.pack(server.owed_to(OBSERVER))
     has = server.has.get(OBSERVER, -1)
     header = {"kind": "observe", "has": has, "keep": server.round, "client": OBSERVER, "generate": generate, **packed}
     payload = wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)))
-    reply = next(iter(engine.ask([Ask(OBSERVER, payload)])))
+    reply = next(iter(engine.ask([Ask(OBSERVER, payload)])), Reply(OBSERVER, None, "no reply"))
     if reply.payload is None:
         raise ServerError(f"scoring the common model failed: {reply.reason}")
-    message = wire.decode(reply.payload)
+    try:
+        message = wire.decode(reply.payload)
+    except wire.WireError as error:
+        raise ServerError(f"scoring the common model failed: {error}") from error
     heard.add_seconds(message.header)
     server.took(OBSERVER)
-    return message.header["scores"]
+    return _numbers(message.header.get("scores"))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """True for JSON's numbers within a float's range; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _numbers(value: Any) -> Any:
+    """Returns a number, or those entries of an object that are numbers; None for all else that a client may say."""
+    if isinstance(value, dict):
+        return {key: x for key, x in value.items() if key.isascii() and _is_number(x)} or None
+    return value if _is_number(value) else None
 
 
 def _line(
@@ -295,7 +353,8 @@ def _line(
     began: float,
 ) -> dict[str, Any]:
     def said(key: str) -> dict[str, Any]:
-        return {str(c): heard.replies[c][key] for c in heard.answered if heard.replies[c].get(key) is not None}
+        values = {str(client): _numbers(heard.replies[client].get(key)) for client in heard.answered}
+        return {client: value for client, value in values.items() if value is not None}
 
     return {
         "round": number,

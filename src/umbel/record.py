@@ -25,17 +25,26 @@ class RecordError(RuntimeError):
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name, flushes it to disk and renames it: a kill leaves the old file or the new."""
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _flush_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all."""
-    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(path, _json(value, indent=1))
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    # A lone surrogate (a file name in somebody's error message) has no UTF-8; as \udc80 it is JSON all the same.
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _flush_folder(folder: Path) -> None:
@@ -54,13 +63,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     _flush_folder(path.parent)
@@ -79,10 +88,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """Returns the hash of a file, or of a folder's files with their names."""
+    """Returns the hash of a file, as `sha256sum` prints it, or of a folder's files with their names and sizes."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(str(file.relative_to(path)).encode())
+        if file != path:
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as handle:
             while block := handle.read(1 << 20):
                 digest.update(block)
@@ -130,7 +140,7 @@ class Record:
         """
         write_file(self.folder / CHECKPOINT, wire.encode(wire.Message({"server": header, "line": line}, tensors)))
         with (self.folder / "rounds.jsonl").open("ab") as file:
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.write(_json(line))
             file.flush()
             os.fsync(file.fileno())
 
@@ -143,9 +153,7 @@ class Record:
         message = wire.decode(path.read_bytes())
         last = message.header["line"]
         lines = [line for line in self.lines() if line["round"] < last["round"]] + [last]
-        write_file(
-            self.folder / "rounds.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        )
+        write_file(self.folder / "rounds.jsonl", b"".join(_json(line) for line in lines))
         return message.header["server"], message.tensors, last
 
     def lines(self) -> list[dict[str, Any]]:

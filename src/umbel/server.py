@@ -14,6 +14,13 @@ OBSERVER = -1
 """The number of the client that only scores the common model on all test rows; its bytes are not counted."""
 
 
+LARGEST = 1e15
+"""Bound on the entries of an upload: with it, products and their singular values stay finite in float32."""
+
+MOST_ROWS = 10**12
+"""Bound on n_k, so that sums and shares of weights stay finite."""
+
+
 class Refused(ValueError):
     """An upload that is left out of the round; the message is the reason in the record."""
 
@@ -38,6 +45,13 @@ def fresh_factors(layer: str, shape: LayerShape, seed: int) -> Factors:
     """
     A = algebra.fresh_A(shape.rank, shape.d_in, algebra.seed_of(seed, layer))
     return {"A": A, "B": torch.zeros(shape.d_out, shape.rank)}
+
+
+_UNSOUND = f"NaN, infinity or values beyond ±{LARGEST:.0e}"
+
+
+def _sound(x: Tensor) -> bool:
+    return bool((x.abs() <= LARGEST).all())
 
 
 @dataclass(frozen=True)
@@ -179,10 +193,15 @@ class Aggregator:
 
         Raises:
             Refused: The upload does not fit; nothing of it was folded.
+            ServerError: The method's own collector does not take it.
         """
         self._check(client, weight, factors, plain)
         for layer, own in factors.items():
-            self._collectors[layer].add(own, weight)
+            try:
+                self._collectors[layer].add(own, weight)
+            except MethodError as error:
+                # A collector of somebody's own that is stricter than our checks; other layers may be folded already.
+                raise ServerError(f"layer {layer!r}: client {client} {error}") from error
             if self._ideal is not None:
                 B, A = method.product({**self.server.held[layer], **own})
                 self._ideal[layer].add({"B": B, "A": A}, weight)
@@ -191,8 +210,8 @@ class Aggregator:
         self.folded.append(client)
 
     def _check(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
-        if not 0 < weight < float("inf"):
-            raise Refused(f"client {client} says it has {weight} rows, allowed: more than 0")
+        if not 0 < weight <= MOST_ROWS:
+            raise Refused(f"client {client} says it has {weight} rows, allowed: more than 0, at most {MOST_ROWS:.0e}")
         sends = set(self.phase.sends)
         wanted = set(self.server.layers) if sends else set[str]()
         if set(factors) != wanted:
@@ -203,12 +222,12 @@ class Aggregator:
                 raise Refused(f"layer {layer!r}: client {client} sent {sorted(own)}, wanted {sorted(sends)}")
             self._check_shapes(client, layer, own)
             for name, x in own.items():
-                if not torch.isfinite(x).all():
-                    raise Refused(f"layer {layer!r}: client {client} sent {name} with NaN or infinity")
+                if not _sound(x):
+                    raise Refused(f"layer {layer!r}: client {client} sent {name} with {_UNSOUND}")
         known = {name: x.shape for name, x in self.server.plain.items()} or self._plain_shapes
         for name, x in plain.items():
-            if not torch.isfinite(x).all():
-                raise Refused(f"parameter {name!r}: client {client} sent NaN or infinity")
+            if not _sound(x):
+                raise Refused(f"parameter {name!r}: client {client} sent {_UNSOUND}")
         if known is not None and {name: x.shape for name, x in plain.items()} != known:
             raise Refused(f"client {client}: parameters that are not factors differ from the others' in name or shape")
         self._plain_shapes = {name: x.shape for name, x in plain.items()}
@@ -221,7 +240,7 @@ class Aggregator:
         rank = own["A"].shape[0] if "A" in own and own["A"].ndim == 2 else shape.rank
         if "B" in own and "A" not in own and own["B"].ndim == 2:
             rank = own["B"].shape[1]
-        if rank != shape.rank and self.phase.collect is Mean:
+        if rank != shape.rank and issubclass(self.phase.collect, Mean):
             name = type(self.phase).__module__.rpartition(".")[2]
             raise Refused(
                 f"{where} sent factors of rank {rank}, others {shape.rank}. {name} averages factors and needs one rank; "
@@ -246,13 +265,13 @@ class Aggregator:
             ServerError: Nobody was folded, or the method refuses what it got.
         """
         if not self.folded:
-            raise ServerError("no client is left in this round; the record says why each was refused")
+            raise ServerError("no client is left in this round")
         held = self.server.held
-        got = {layer: collector.done() if self.phase.sends else {} for layer, collector in self._collectors.items()}
+        got: dict[str, Any] = {layer: c.done() if self.phase.sends else {} for layer, c in self._collectors.items()}
         try:
             combined = self.phase.combine_layers(got, held)
-        except MethodError as error:
-            raise ServerError(str(error)) from error
+        except MethodError as refusal:
+            raise ServerError(str(refusal)) from refusal
         downloads = {layer: self._finish(layer, download) for layer, download in combined.items()}
         error: dict[str, float] | None = None
         rank: dict[str, int] = {}

@@ -78,7 +78,8 @@ def decode(data: bytes, max_bytes: int | None = None) -> Message:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise WireError(f"not a valid message: {error}") from None
-    return Message(fields, {name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    # In the order of the bytes: safetensors' own differs from process to process.
+    return Message(fields, {name: tensors[name].to(torch.float32) for name in header})
 
 
 def _header(data: bytes) -> dict[str, Any]:
@@ -91,16 +92,27 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def _object(text: str | bytes, what: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise WireError(f"{what} is not an object")
     return cast(dict[str, Any], value)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not a finite number")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return result
 
 
 def _check_entry(name: str, entry: Any, size: int) -> None:
@@ -136,9 +148,15 @@ def pack(downloads: Mapping[str, Download]) -> tuple[dict[str, Any], dict[str, T
 
 
 def unpack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Download]:
-    """The inverse of `pack`; `plain|…` tensors are passed over."""
+    """The inverse of `pack`; `plain|…` tensors are passed over.
+
+    Raises:
+        WireError: Half a merge, or resets that are not seeds.
+    """
     factors = unpack_factors(tensors)
     resets = cast(dict[str, int], header.get("reset", {}))
+    if type(resets) is not dict or not all(type(seed) is int and 0 <= seed < 2**63 for seed in resets.values()):
+        raise WireError(f"reset: got {resets!r:.80}, allowed: a seed of 63 bits per layer")
     downloads: dict[str, Download] = {}
     for layer in [*factors, *(layer for layer in resets if layer not in factors)]:
         own = dict(factors.get(layer, {}))

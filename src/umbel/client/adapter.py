@@ -4,6 +4,7 @@ Outside this file factors are in units of ΔW (α/r multiplied into B, or into R
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,15 @@ class Adapter:
             fan_in_fan_out=_has_conv1d(base),
             modules_to_save=_heads(base) if task == "classification" else None,
         )
-        self.model: Any = peft.get_peft_model(base, options)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            # PEFT asks Transformers for names that are about to change; nothing a user could act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            # A pattern that matches no layer is a mistake that would pass in silence.
+            warnings.simplefilter("error", RuntimeWarning)
+            try:
+                self.model: Any = peft.get_peft_model(base, options)  # type: ignore[arg-type]
+            except RuntimeWarning as warning:
+                raise ConfigError(f"[lora]: {warning}") from None
         self._modules = {
             public_name(name): module
             for name, module in self.model.named_modules()
@@ -85,8 +94,11 @@ class Adapter:
         return LayerShape(B.shape[0], A.shape[1], A.shape[0])
 
     def remove(self) -> nn.Module:
-        """Takes the adapter off, restores the frozen weights and returns the base model."""
+        """Takes the adapter off, restores the frozen weights and the head, and returns the base model."""
         self._set_base({}, "")
+        # PEFT would leave the trained head in the base model, and the next run would start from it.
+        for name, parameter in self.plain_parameters.items():
+            parameter.data.copy_(self._first_plain[name])
         base = self.model.unload()
         if hasattr(base, "peft_config"):
             del base.peft_config

@@ -1,0 +1,357 @@
+"""Whole runs on tiny real models: every method, every task, out comes a folder that stock PEFT loads."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from umbel import method as methods
+from umbel import run as running
+from umbel import wire
+from umbel.client import publish
+from umbel.client.adapter import Adapter
+from umbel.client.client import Client, Resident, tokens
+from umbel.client.data import collate
+from umbel.client.data import load as load_data
+from umbel.client.fit import batches
+from umbel.client.model import load as load_model
+from umbel.config import configs, from_table
+from umbel.engine import Ask, Reply
+from umbel.engine.local import Local
+from umbel.loop import Plan, federate
+from umbel.record import Record
+from umbel.server import OBSERVER, Aggregator, Server
+
+METHODS: list[dict[str, Any]] = [
+    {"name": "fedit"},
+    {"name": "flora_na"},
+    {"name": "flora_na", "label": "flora_na shared", "scope": "shared"},
+    {"name": "florist"},
+    {"name": "florist", "label": "florist merge", "adopt": "merge", "energy": 1.0},
+    {"name": "fed_sb", "lora": {"r": 8, "lora_alpha": 8}},
+    {"name": "fed_sb", "label": "fed_sb gradient", "init": "gradient"},
+    {"name": "fed_sb", "label": "fed_sb random", "init": "random"},
+]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classification")
+    return running.run(tiny.table(folder, METHODS), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def causal_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("choice")
+    return running.run(tiny.causal_table(folder, METHODS), folder / "run")
+
+
+@pytest.mark.parametrize("label", [m.get("label", m["name"]) for m in METHODS])
+def test_every_round_of_every_method_is_recorded_whole(job: Path, label: str) -> None:
+    rounds = lines(job / label)
+    assert rounds[0]["phase"] == "open"
+    assert [line["round"] for line in rounds] == list(range(len(rounds)))
+    trained = [line for line in rounds if line["phase"] == "train"]
+    assert [line["train_round"] for line in trained] == [1, 2]
+    for line in trained:
+        assert line["asked"] == line["answered"] == [0, 1, 2]
+        assert line["refused"] == []
+        assert set(line["bytes_up"]) == set(line["bytes_down"]) == {"0", "1", "2"}
+        assert line["steps"] == {"0": 3, "1": 3, "2": 3}
+        assert line["global"]["rows"] == sum(own["rows"] for own in line["local"].values()) == 45
+        assert len(line["aggregation_error"]) == len(line["rank"]) == 4
+        assert sum(line["seconds"][stage] for stage in ("fit", "evaluate", "adapter", "wire", "server", "record")) <= (
+            line["seconds"]["total"] + 0.01
+        )
+    info = json.loads((job / label / "run.json").read_text())
+    assert info["state"] == "done"
+    assert info["adapter"]["reload_max_difference"] < 1e-5
+
+
+def test_exact_methods_are_exact_and_flora_na_is_no_worse_than_what_it_starts_from(job: Path) -> None:
+    for label in ("fed_sb", "fed_sb gradient", "fed_sb random", "florist merge"):
+        for line in lines(job / label):
+            assert all(error <= 1e-5 for error in (line["aggregation_error"] or {}).values()), label
+    assert any(error > 1e-3 for error in lines(job / "fedit")[-1]["aggregation_error"].values())
+
+
+def test_all_methods_start_from_the_same_batches_and_seeds(job: Path) -> None:
+    first = {label: lines(job / label)[1]["loss"] for label in ("fedit", "flora_na", "florist", "florist merge")}
+    assert len({json.dumps(loss) for loss in first.values()}) == 1
+
+
+def test_baselines_stand_beside_the_methods(job: Path) -> None:
+    contents = json.loads((job / "job.json").read_text())
+    assert contents["local"] == ["local/client-0", "local/client-1", "local/client-2"]
+    central = lines(job / contents["central"])
+    assert [line["steps"] for line in central if line["phase"] == "train"] == [{"0": 9}, {"0": 9}]
+    for place in contents["local"]:
+        alone = lines(job / place)
+        assert alone[-1]["global"]["rows"] == 45
+        assert len(alone[-1]["asked"]) == 1
+
+
+def test_the_split_is_saved_with_hashes(job: Path) -> None:
+    split = json.loads((job / "split.json").read_text())
+    assert sorted(row for rows in split["rows"]["train"] for row in rows) == list(range(90))
+    assert len(split["hashes"]["train"]) == 64
+
+
+@pytest.mark.parametrize("label", [m.get("label", m["name"]) for m in METHODS])
+def test_stock_peft_loads_the_result_and_gives_the_scores_of_the_run(job: Path, label: str) -> None:
+    """Nothing of umbel here but the data: AutoModel, PeftModel, and the head's two tensors."""
+    info = json.loads((job / label / "run.json").read_text())
+    config = from_table(info["config"])
+    folder = job / label / "adapter"
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(config.model.name), str(folder)).eval()
+    head = load_file(folder / "head.safetensors")
+    dataset = load_data(config)
+    tokenizer = load_model(config, 3).tokenizer
+    batch = tokenizer([row["text"] for row in dataset.test], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    logits = (hidden * mask).sum(1) / mask.sum(1) @ head["classifier.weight"].T + head["classifier.bias"]
+    names = json.loads((folder / "umbel.json").read_text())["labels"]
+    right = sum(names[int(i)] == row["label"] for i, row in zip(logits.argmax(-1), dataset.test))
+    assert right / len(dataset.test) == pytest.approx(lines(job / label)[-1]["global"]["accuracy"])
+
+
+@pytest.mark.parametrize("label", [m.get("label", m["name"]) for m in METHODS])
+def test_stock_peft_loads_a_causal_result(causal_job: Path, label: str) -> None:
+    info = json.loads((causal_job / label / "run.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(info["config"]["model"]["name"])
+    before = {name: x.clone() for name, x in base.state_dict().items()}
+    ids = torch.tensor([[4, 9, 16, 20]])
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, str(causal_job / label / "adapter"))(input_ids=ids).logits
+    assert (adapted - plain).abs().max() > 1e-4
+    assert info["adapter"]["reload_max_difference"] < 1e-5
+    assert before
+
+
+def test_eval_scores_the_folder_as_the_run_did(job: Path, causal_job: Path) -> None:
+    for folder in (job / "florist merge", causal_job / "fed_sb"):
+        again = running.evaluate_again(folder)
+        assert again["accuracy"] == pytest.approx(lines(folder)[-1]["global"]["accuracy"])
+        assert again["loss"] == pytest.approx(lines(folder)[-1]["global"]["loss"], rel=1e-4)
+
+
+def test_a_head_that_reads_one_token_is_saved_where_peft_looks_for_it(tmp_path: Path) -> None:
+    table = tiny.table(tmp_path, {"name": "florist"}, model={"pooling": "model"})
+    folder = running.run(table, tmp_path / "run")
+    base = AutoModelForSequenceClassification.from_pretrained(table["model"]["name"], num_labels=3)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in saved
+    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].weight, saved["base_model.model.classifier.weight"])
+
+
+def test_conv1d_layers_come_out_right(tmp_path: Path) -> None:
+    table = tiny.causal_table(tmp_path, METHODS, lora={"target_modules": ["c_attn", "c_fc"]})
+    (tmp_path / "gpt2").mkdir()
+    table["model"] = {"name": str(tiny.gpt2(tmp_path / "gpt2"))}
+    folder = running.run(table, tmp_path / "run")
+    for label in ("fedit", "florist merge", "fed_sb"):
+        assert json.loads((folder / label / "run.json").read_text())["adapter"]["reload_max_difference"] < 1e-5
+
+
+def test_instruction_tuning_lowers_the_loss_and_reports_it_before_and_after(tmp_path: Path) -> None:
+    table = tiny.causal_table(
+        tmp_path,
+        {"name": "florist"},
+        task={"kind": "instruction", "prompt": "{text}", "response": "{reply}", "answer": "[a-z]+", "exact_match_rows": 4},
+        training={"max_steps": 6},
+    )
+    rounds = lines(running.run(table, tmp_path / "run"))
+    assert rounds[0]["phase"] == "open"
+    assert rounds[-1]["global"]["loss"] < rounds[0]["global"]["loss"]
+    assert 0 <= rounds[-1]["global"]["exact_match"] <= 1
+    assert rounds[-1]["global"]["exact_match_rows"] == 4
+
+
+def test_bfloat16_on_the_wire_halves_the_bytes_and_the_result_is_what_clients_hold(tmp_path: Path) -> None:
+    entries = [{"name": "fedit"}, {"name": "fedit", "label": "half", "wire": {"dtype": "bfloat16"}}]
+    folder = running.run(tiny.table(tmp_path, entries), tmp_path / "run")
+    full, half = lines(folder / "fedit")[-1]["bytes_up"]["0"], lines(folder / "half")[-1]["bytes_up"]["0"]
+    assert half < 0.65 * full
+    saved = load_file(folder / "half" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(x, x.to(torch.bfloat16).float()) for x in saved.values())
+
+
+def test_clients_that_sit_out_catch_up(tmp_path: Path) -> None:
+    entries = [
+        {"name": "florist", "adopt": "merge", "energy": 1.0, "server": {"clients_per_round": 2}},
+        {"name": "fed_sb", "server": {"clients_per_round": 1}},
+    ]
+    folder = running.run(tiny.table(tmp_path, entries, rounds=4), tmp_path / "run")
+    asked = [tuple(line["asked"]) for line in lines(folder / "florist") if line["phase"] == "train"]
+    assert {len(own) for own in asked} == {2}
+    assert len(set(asked)) > 1
+    for label in ("florist", "fed_sb"):
+        info = json.loads((folder / label / "run.json").read_text())
+        assert info["adapter"]["reload_max_difference"] < 1e-5
+        assert all(max(line["aggregation_error"].values()) < 1e-5 for line in lines(folder / label) if line["aggregation_error"])
+
+
+# Runs taken apart
+
+
+def residents(table: dict[str, Any], folder: Path, alone: bool = False) -> tuple[Resident, Any]:
+    config = next(iter(configs(table).values()))
+    dataset = load_data(config)
+    base = load_model(config, len(dataset.labels))
+    train, test = tokens(config, base, dataset)
+    if alone:
+        dataset = running._pooled(dataset)
+    adapter = Adapter(base.model, config.lora, config.task.kind, config.seed)
+    return Resident(config, base, adapter, dataset, train, test), config
+
+
+def engine(resident: Resident, folder: Path) -> Local:
+    numbers = [*range(resident.dataset.clients), OBSERVER]
+    return Local({k: Client(k, resident, folder / "clients" / str(k)).answer for k in numbers})
+
+
+@pytest.mark.parametrize("name", ["fedit", "flora_na"])
+def test_with_one_client_a_federated_run_is_central_training_step_for_step(name: str, tmp_path: Path) -> None:
+    """Against one plain PyTorch loop over all rounds × steps, with one optimizer and one schedule, to the last bit."""
+    training = {"optimizer_state": "keep", "lr_scheduler_type": "cosine", "warmup_ratio": 0.2}
+    table = tiny.causal_table(tmp_path, {"name": name}, training=training, rounds=3)
+    resident, config = residents(table, tmp_path, alone=True)
+    plan = Plan(methods.load(name), 3, [0], seed=config.seed, score_clients=False)
+    server = federate(engine(resident, tmp_path), plan, Record(tmp_path / "run"))
+
+    adapter = resident.adapter
+    adapter.restart(config.seed)
+    parameters = adapter.trainable(("A", "B"))
+    adapter.model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    for step in range(9):
+        if step % 3 == 0:
+            from umbel.algebra import seed_of
+
+            seed = seed_of(config.seed, "client", 0, step // 3 + 1)
+            stream = batches(resident.train, 8, torch.Generator().manual_seed(seed))
+        warmup = math.ceil(0.2 * 9)
+        rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (9 - warmup)))
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate
+        batch = collate(next(stream), 0)
+        logits = adapter.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        target = batch["labels"][:, 1:]
+        wanted = target != -100
+        torch.nn.functional.cross_entropy(logits[:, :-1][wanted], target[wanted]).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer, own in adapter.read().items():
+        for factor, x in own.items():
+            assert torch.equal(server.held[layer][factor], x), (layer, factor)
+
+
+class Capturing:
+    """The local engine, keeping what clients sent."""
+
+    def __init__(self, inner: Local) -> None:
+        self.inner, self.replies = inner, list[Reply]()
+
+    def ask(self, asks: Any) -> Iterator[Reply]:
+        def only(ask: Ask) -> Ask:
+            return ask
+
+        for reply in self.inner.ask(map(only, asks)):
+            self.replies.append(reply)
+            yield reply
+
+
+def test_on_the_same_uploads_flora_na_is_never_worse_than_fedit_in_any_layer_or_round(tmp_path: Path) -> None:
+    table = tiny.table(tmp_path, {"name": "flora_na"}, rounds=4, training={"max_steps": 5})
+    resident, config = residents(table, tmp_path)
+    capturing, record = Capturing(engine(resident, tmp_path)), Record(tmp_path / "run")
+    clients = [0, 1, 2]
+    federate(capturing, Plan(methods.load("flora_na"), 4, clients, seed=config.seed), record)
+    uploads = [
+        (reply.client, wire.decode(reply.payload))
+        for reply in capturing.replies
+        if reply.payload is not None and reply.client != OBSERVER
+    ][len(clients) :]
+    trained = [line for line in record.lines() if line["phase"] == "train"]
+    better = 0
+    for line, start in zip(trained, range(0, len(uploads), 3)):
+        aggregator = Aggregator(methods.load("fedit"), Server(resident.adapter.layers, config.seed))
+        for client, message in uploads[start : start + 3]:
+            factors = wire.unpack_factors(message.tensors)
+            aggregator.add(client, message.header["rows"], factors, wire.unpack_plain(message.tensors))
+        fedit = aggregator.done().error
+        assert fedit is not None
+        for layer, error in line["aggregation_error"].items():
+            assert error <= fedit[layer] * (1 + 1e-6) + 1e-7, (line["round"], layer)
+            better += error < 0.999 * fedit[layer]
+    assert better > 0
+
+
+def test_fed_sb_sends_r_squared_numbers_per_layer_whatever_the_layers_and_clients(tmp_path: Path) -> None:
+    """Bytes up = r² × 4 per layer + header, on a task without a head, for two models and two numbers of clients."""
+    found: dict[tuple[str, int], int] = {}
+    for kind, targets in (("llama", ["q_proj", "up_proj"]), ("gpt2", ["c_attn", "c_fc"])):
+        for clients in (2, 4):
+            folder = tmp_path / f"{kind}{clients}"
+            folder.mkdir()
+            table = tiny.causal_table(
+                folder, {"name": "fed_sb"}, lora={"target_modules": targets, "r": 5}, split={"kind": "iid", "clients": clients}
+            )
+            (folder / "own").mkdir()
+            table["model"] = {"name": str(getattr(tiny, kind)(folder / "own"))}
+            resident, config = residents(table, folder)
+            record = Record(folder / "run")
+            plan = Plan(methods.load("fed_sb"), 1, list(range(clients)), seed=config.seed, observe="never", score_clients=False)
+            federate(engine(resident, folder), plan, record)
+            sent = record.lines()[-1]["bytes_up"]
+            assert max(sent.values()) - min(sent.values()) <= 64  # numbers in the header differ in length
+            names = sum(len(layer) for layer in resident.adapter.layers)
+            payload = 4 * 5 * 5 * 4
+            assert payload < sent["0"] < payload + 4 * 80 + names + 600
+            found[kind, clients] = sent["0"] - names
+    assert max(found.values()) - min(found.values()) <= 96
+
+
+def test_a_job_whose_methods_would_not_share_their_data_is_refused(tmp_path: Path) -> None:
+    entries = [{"name": "fedit"}, {"name": "florist", "split": {"alpha": 9.0}}]
+    from umbel.config import ConfigError
+
+    with pytest.raises(ConfigError, match=r"florist: 'split' differs from fedit's"):
+        running.run(tiny.table(tmp_path, entries), tmp_path / "run")
+
+
+def test_a_result_that_does_not_reproduce_the_model_is_not_called_done(job: Path, tmp_path: Path) -> None:
+    """The comparison can fail: against a folder with one factor changed it does."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(job / "fedit" / "adapter", folder)
+    config = from_table(json.loads((job / "fedit" / "run.json").read_text())["config"])
+    own = publish.read(folder, config, 3)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(key for key in tensors if "lora_B" in key)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    changed = publish.read(folder, config, 3)
+    dataset = load_data(config)
+    _, test = tokens(config, own, dataset)
+    assert publish.difference(own, own.model, test[:8]) == 0
+    assert publish.difference(changed, own.model, test[:8]) > 1e-4
