@@ -5,6 +5,9 @@ An unknown key is an error that names the nearest known one. Names are Hugging F
 
 import dataclasses
 import difflib
+import math
+import operator
+import re
 import tomllib
 import types
 import typing
@@ -220,8 +223,8 @@ def _accepts(kind: Any, value: Any) -> bool:
     if kind is Any:
         return True
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
 
 
 def _says(kind: Any) -> str:
@@ -256,14 +259,45 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
 
 
 def _method(table: dict[str, Any], where: str) -> MethodChoice:
-    if "name" not in table:
-        raise ConfigError(f"[{where}] has no name. Known: {', '.join(methods.names())}")
+    name = table.get("name", "")
+    if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name):
+        raise ConfigError(f"[{where}] has no name, got {name!r}. Known: {', '.join(methods.names())}")
     options = {key: value for key, value in table.items() if key != "name"}
     try:
-        methods.load(table["name"], **options)
-    except (methods.MethodError, ValueError) as error:
+        cls = methods.find(name)
+        kinds = typing.get_type_hints(cls)
+        for key in [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []:
+            if key in options and not _accepts(kinds[key], options[key]):
+                raise ConfigError(f"'{where}.{key}': got {options[key]!r}, allowed: {_says(kinds[key])}")
+        methods.load(name, **options)
+    except ConfigError:
+        raise
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"[{where}]: {error}") from None
-    return MethodChoice(table["name"], options)
+    return MethodChoice(name, options)
+
+
+LEAST = {
+    "rounds": 1,
+    "seed": 0,
+    "data.max_length": 1,
+    "data.max_train_rows": 0,
+    "data.max_test_rows": 0,
+    "task.max_new_tokens": 1,
+    "task.exact_match_rows": 0,
+    "split.clients": 0,
+    "split.shards_per_client": 1,
+    "lora.r": 1,
+    "training.learning_rate": 0,
+    "training.head_learning_rate": 0,
+    "training.per_device_train_batch_size": 1,
+    "training.per_device_eval_batch_size": 1,
+    "training.gradient_accumulation_steps": 1,
+    "training.weight_decay": 0,
+    "training.max_grad_norm": 0,
+    "server.clients_per_round": 0,
+}
+"""What a number must not be below."""
 
 
 def check(config: Config) -> Config:
@@ -272,8 +306,21 @@ def check(config: Config) -> Config:
         (not config.model.name, "model.name is missing: a local folder, pkg:<package>/<path>, or a hub name"),
         (not config.data.train, "data.train is missing: a file, a list of files, or a datasets name"),
         (not config.lora.target_modules, "lora.target_modules is missing, e.g. ['q_proj', 'v_proj']"),
-        (config.rounds < 1, f"rounds: got {config.rounds}, allowed: 1 or more"),
-        (config.lora.r < 1, f"lora.r: got {config.lora.r}, allowed: 1 or more"),
+        (config.seed >= 2**63, f"seed: got {config.seed}, allowed: less than 2⁶³"),
+        (config.lora.lora_alpha <= 0, f"lora.lora_alpha: got {config.lora.lora_alpha}, allowed: > 0"),
+        (
+            any(r < 1 for r in config.lora.rank_pattern.values()),
+            f"lora.rank_pattern: got {config.lora.rank_pattern}, allowed: ≥ 1",
+        ),
+        (
+            any(a <= 0 for a in config.lora.alpha_pattern.values()),
+            f"lora.alpha_pattern: got {config.lora.alpha_pattern}, allowed: > 0",
+        ),
+        (not 0 <= config.lora.lora_dropout < 1, f"lora.lora_dropout: got {config.lora.lora_dropout}, allowed: 0 ≤ share < 1"),
+        (
+            not 0 <= config.training.warmup_ratio <= 1,
+            f"training.warmup_ratio: got {config.training.warmup_ratio}, allowed: 0 ≤ share ≤ 1",
+        ),
         (config.split.alpha <= 0, f"split.alpha: got {config.split.alpha}, allowed: > 0"),
         (not 0 <= config.data.validation < 1, f"data.validation: got {config.data.validation}, allowed: 0 ≤ share < 1"),
         (
@@ -291,6 +338,8 @@ def check(config: Config) -> Config:
             f"model.pooling = 'mean' is for task.kind = 'classification', got {config.task.kind!r}",
         ),
     ]
+    numbers = {key: operator.attrgetter(key)(config) for key in LEAST}
+    problems += [(numbers[key] < least, f"{key}: got {numbers[key]}, allowed: {least} or more") for key, least in LEAST.items()]
     for wrong, message in problems:
         if wrong:
             raise ConfigError(message)
@@ -331,18 +380,30 @@ def configs(table: dict[str, Any]) -> dict[str, Config]:
     `[method]` is one run. `[[method]]` is several over the same clients, seeds and data: inside each, keys that are sections
     (`lora = { r = 64 }`) override the shared ones for that method, and `label` names the run where a method comes twice.
     """
-    entries = table.get("method", {"name": "fedit"})
+    given = table.get("method", {"name": "fedit"})
+    entries = given if isinstance(given, list) else [given]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"'method' is a table ([method], or [[method]] for several), got {given!r}")
     shared = {key: value for key, value in table.items() if key != "method"}
     result: dict[str, Config] = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
-        own = {key: value for key, value in entry.items() if key in SECTIONS and isinstance(value, dict)}
-        label = entry.get("label", entry.get("name", ""))
+    for entry in entries:
+        own = {key: value for key, value in entry.items() if key in SECTIONS and key != "method" and isinstance(value, dict)}
+        label = entry.get("label", str(entry.get("name", "")))
+        if "label" in entry and not (isinstance(label, str) and re.fullmatch(r"[\w+-][\w.+-]*", label)):
+            raise ConfigError(
+                f"[[method]]: label: got {label!r}, allowed: letters, digits, '_', '+', '-' and '.'; it names a folder"
+            )
         if label in result or label in ("central", "local"):
             raise ConfigError(f"[[method]]: the label {label!r} comes twice or is a baseline's; give each its own `label`")
         choice = {key: value for key, value in entry.items() if key not in own and key != "label"}
-        merged = {**shared, **{key: {**shared.get(key, {}), **value} for key, value in own.items()}, "method": choice}
+        merged = {**shared, **{key: _over(shared.get(key), value) for key, value in own.items()}, "method": choice}
         result[label] = check(build(Config, merged, ""))
     return result
+
+
+def _over(shared: Any, own: dict[str, Any]) -> Any:
+    """The shared section with a method's own keys over it; what is not a table is left for `build` to refuse."""
+    return {**shared, **own} if isinstance(shared, dict) else own if shared is None else shared
 
 
 def read(path: Path, assignments: list[str] | None = None) -> dict[str, Any]:
