@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 TOPICS = {"sea": "ship wave port sail", "sky": "cloud star moon wing", "soil": "root seed worm clay"}
-FILLER = "the a of and to in it was on that".split()
+FILLER = ["the", "a", "of", "and", "to", "in", "it", "was", "on", "that"]
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} [SEP] {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

@@ -230,7 +230,7 @@ def seed_of(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def fresh_A(rank: int, d_in: int, seed: int) -> Tensor:  # noqa: N802
+def fresh_A(rank: int, d_in: int, seed: int) -> Tensor:
     """Returns LoRA's first A, rank × d_in in float32: Kaiming-uniform with a = √5, which is U(−1/√d_in, 1/√d_in).
 
     Drawn row by row from a generator of its own, so that clients of different rank share their first rows.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,22 +35,20 @@ def run(
 ) -> None:
     """Federate: train every method of the file, with central and local baselines beside them."""
     with _errors():
-        from umbel import config, report, run as running
+        from umbel import config, report
+        from umbel import run as running
 
         if (file is None) == (resume is None):
             raise config.ConfigError("give a TOML file, or --resume DIR; one of the two")
         if resume is not None and (assignments or out is not None):
             raise config.ConfigError("--resume goes on with the run's own configuration; --set and --out are not for it")
         folder = resume or out or running.free_folder(Path("runs") / (file or Path()).stem)
+        table = None if file is None else config.read(file, assignments)
         if resume is None and (folder / "job.toml").exists():
             raise config.ConfigError(f"{folder} holds a run already; `umbel run --resume {folder}`, or give another --out")
         with _listening(as_json) as listen:
             try:
-                if resume is not None:
-                    folder = running.resume(resume, listen)
-                else:
-                    assert file is not None
-                    running.run(config.read(file, assignments), folder, listen)
+                folder = running.resume(folder, listen) if table is None else running.run(table, folder, listen)
             except KeyboardInterrupt:
                 typer.echo(f"\nStopped. Finished rounds are kept; go on with: umbel run --resume {folder}", err=True)
                 raise typer.Exit(INTERRUPTED) from None
@@ -128,6 +127,9 @@ def check(
 
 def main() -> None:
     """Entry point of the `umbel` command."""
+    # Waiting threads that spin make training several times slower as soon as anything else runs on the machine; read
+    # when torch is first imported, and a user's own setting wins.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

@@ -98,7 +98,8 @@ class Split:
 
     Args:
         kind: "iid" shuffles; "dirichlet" draws each label's shares over clients from Dirichlet(alpha); "by" gives each value
-            of `column` to one client; "shards" sorts by label and deals `shards_per_client` pieces; "files" is one file a client.
+            of `column` to one client; "shards" sorts by label and deals `shards_per_client` pieces; "files" is one file per
+            client.
         clients: Their number K ("by" may leave it 0: one per value; "files" takes it from the list).
         alpha: Concentration of the Dirichlet draw, > 0; small is skewed.
         column: For "by".
@@ -245,12 +246,10 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
         if key not in hints:
             raise ConfigError(f"unknown key '{place}'. {nearest(key, list(hints))}Allowed here: {', '.join(hints)}")
         kind = hints[key]
-        if kind is MethodChoice:
-            values[key] = _method(value, place)
-        elif dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ConfigError(f"'{place}' is a table ([{place}]), got {value!r}")
-            values[key] = build(typing.cast(type, kind), value, place)
+            values[key] = _method(value, place) if kind is MethodChoice else build(typing.cast(type, kind), value, place)
         elif not _accepts(kind, value):
             raise ConfigError(f"'{place}': got {value!r}, allowed: {_says(kind)}")
         else:
@@ -389,9 +388,11 @@ def configs(table: dict[str, Any]) -> dict[str, Config]:
     for entry in entries:
         own = {key: value for key, value in entry.items() if key in SECTIONS and key != "method" and isinstance(value, dict)}
         label = entry.get("label", str(entry.get("name", "")))
-        if "label" in entry and not (isinstance(label, str) and re.fullmatch(r"[\w+-][\w.+-]*", label)):
+        if "label" in entry and not (
+            isinstance(label, str) and re.fullmatch(r"[^./\\ ][^/\\]*", label) and label.isprintable()
+        ):
             raise ConfigError(
-                f"[[method]]: label: got {label!r}, allowed: letters, digits, '_', '+', '-' and '.'; it names a folder"
+                f"[[method]]: label: got {label!r}; it names a folder: text without / and \\ that begins with no dot"
             )
         if label in result or label in ("central", "local"):
             raise ConfigError(f"[[method]]: the label {label!r} comes twice or is a baseline's; give each its own `label`")

@@ -327,7 +327,7 @@ def _observe(engine: Engine, server: Server, generate: bool, heard: _Heard) -> d
         raise ServerError(f"scoring the common model failed: {error}") from error
     heard.add_seconds(message.header)
     server.took(OBSERVER)
-    return _numbers(message.header.get("scores"))
+    return _scores(message.header.get("scores"))
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -335,11 +335,15 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _numbers(value: Any) -> Any:
-    """Returns a number, or those entries of an object that are numbers; None for all else that a client may say."""
-    if isinstance(value, dict):
-        return {key: x for key, x in value.items() if key.isascii() and _is_number(x)} or None
+def _number(value: Any) -> float | None:
+    """Returns a number, None for anything else that a client may say."""
     return value if _is_number(value) else None
+
+
+def _scores(value: Any) -> dict[str, float] | None:
+    """Returns the entries that are numbers, None where there are none."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {key: x for key, x in entries if key.isascii() and _is_number(x)} or None
 
 
 def _line(
@@ -352,10 +356,13 @@ def _line(
     scores: dict[str, Any] | None,
     began: float,
 ) -> dict[str, Any]:
-    def said(key: str) -> dict[str, Any]:
-        values = {str(client): _numbers(heard.replies[client].get(key)) for client in heard.answered}
+    def said(key: str, read: Callable[[Any], Any] = _number) -> dict[str, Any]:
+        values = {str(client): read(heard.replies[client].get(key)) for client in heard.answered}
         return {client: value for client, value in values.items() if value is not None}
 
+    # Where the ideal is zero no error is relative to it, and JSON has no infinity.
+    measured = (aggregated.error if aggregated else None) or {}
+    errors = {layer: x for layer, x in measured.items() if math.isfinite(x)} or None
     return {
         "round": number,
         "phase": phase,
@@ -369,9 +376,9 @@ def _line(
         "bytes_down": heard.bytes_down,
         "bytes_up": heard.bytes_up,
         "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},
-        "local": said("scores"),
+        "local": said("scores", _scores),
         "global": scores,
-        "aggregation_error": aggregated.error if aggregated else None,
+        "aggregation_error": errors,
         "rank": aggregated.rank if aggregated else {},
     }
 

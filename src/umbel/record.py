@@ -145,12 +145,19 @@ class Record:
             os.fsync(file.fileno())
 
     def restore(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
-        """Returns (header, tensors, last line) of the last durable round, or None; mends `rounds.jsonl` to agree with it."""
+        """Returns (header, tensors, last line) of the last durable round, or None; mends `rounds.jsonl` to agree with it.
+
+        Raises:
+            RecordError: The checkpoint is damaged.
+        """
         path = self.folder / CHECKPOINT
         if not path.exists():
             (self.folder / "rounds.jsonl").unlink(missing_ok=True)
             return None
-        message = wire.decode(path.read_bytes())
+        try:
+            message = wire.decode(path.read_bytes())
+        except wire.WireError as error:
+            raise RecordError(f"{path} is damaged ({error}); delete the folder {self.folder} to run it anew") from error
         last = message.header["line"]
         lines = [line for line in self.lines() if line["round"] < last["round"]] + [last]
         write_file(self.folder / "rounds.jsonl", b"".join(_json(line) for line in lines))

@@ -17,7 +17,9 @@ from typing import Any
 
 import tomli_w
 
-from umbel import __version__, config as configuration, method as methods
+from umbel import __version__
+from umbel import config as configuration
+from umbel import method as methods
 from umbel.config import Config, ConfigError, MethodChoice
 from umbel.engine.local import Local
 from umbel.loop import Plan, federate
@@ -72,10 +74,11 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
     configs = configuration.configs(table)
     shared = _shared(configs)
     with locked(folder):
-        write_file(folder / "job.toml", tomli_w.dumps(table).encode())
         listen({"event": "stage", "text": "reading data"})
         dataset = data.load(shared)
         manifest = dataset.manifest()
+        # Only now is there something to resume.
+        write_file(folder / "job.toml", tomli_w.dumps(table).encode())
         write_json(folder / "split.json", manifest)
         listen({"event": "split", "manifest": manifest})
         members = _members(configs, shared, dataset.clients)
@@ -121,9 +124,7 @@ def _shared(configs: dict[str, Config]) -> Config:
 def _members(configs: dict[str, Config], shared: Config, clients: int) -> list[Member]:
     everyone = list(range(clients))
     single = len(configs) == 1
-    result = [
-        Member(label, "." if single else label, config, everyone, "method") for label, config in configs.items()
-    ]
+    result = [Member(label, "." if single else label, config, everyone, "method") for label, config in configs.items()]
     # The baselines train the usual A and B, with the first method's options of LoRA and training.
     plain = replace(shared, method=MethodChoice("fedit"), server=replace(shared.server, clients_per_round=0))
     training = shared.training
@@ -138,9 +139,7 @@ def _members(configs: dict[str, Config], shared: Config, clients: int) -> list[M
 
 def _pooled(dataset: Any) -> Any:
     """Returns the same rows, all of them client 0's."""
-    return replace(
-        dataset, owner_train=[0] * len(dataset.owner_train), owner_test=[0] * len(dataset.owner_test), clients=1
-    )
+    return replace(dataset, owner_train=[0] * len(dataset.owner_train), owner_test=[0] * len(dataset.owner_test), clients=1)
 
 
 def _contents(members: list[Member]) -> dict[str, Any]:
@@ -163,9 +162,9 @@ def _run_member(
     facts: dict[str, Any],
     listen: Listener,
 ) -> None:
+    from umbel.client import publish
     from umbel.client.adapter import Adapter
     from umbel.client.client import Client
-    from umbel.client.publish import publish
 
     record = Record(folder)
     if record.info.get("state") == "done":
@@ -176,9 +175,7 @@ def _run_member(
     adapter = Adapter(base.model, config.lora, config.task.kind, config.seed)
     try:
         resident = resident_class(config, base, adapter, dataset, train, test)
-        resident.on_step = lambda number, step, steps: listen(
-            {"event": "step", "client": number, "step": step, "steps": steps}
-        )
+        resident.on_step = lambda number, step, steps: listen({"event": "step", "client": number, "step": step, "steps": steps})
         answers = {k: Client(k, resident, folder / "clients" / str(k)).answer for k in [*member.clients, OBSERVER]}
         server = federate(Local(answers), _plan(member), record, lambda event: listen({"event": "round", **event}))
         published = None
@@ -187,9 +184,8 @@ def _run_member(
             adapter.restart(config.seed)
             adapter.apply(server.owed[-1], server.plain, own_rank=False)
             rows = sum(owner in member.clients for owner in dataset.owner_train)
-            published = publish(
-                folder / "adapter", config, base.path, server.model(), server.plain, dataset.labels, rows, adapter.model, test[:8]
-            )
+            result = publish.Result(server.model(), server.plain, dataset.labels, rows)
+            published = publish.publish(folder / "adapter", config, base.path, result, adapter.model, test[:8])
         seconds = sum(line["seconds"]["total"] for line in record.lines())
         record.update(state="done", finished=now(), adapter=published, seconds=seconds)
     except BaseException as error:
@@ -273,7 +269,6 @@ def free_folder(wanted: Path) -> Path:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
-
 
 
 def evaluate_again(folder: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+import tiny
 from umbel.client.adapter import Adapter, WithR
 from umbel.config import ConfigError, Lora
 from umbel.method import Download, product
@@ -64,7 +64,9 @@ def test_factors_are_in_units_of_delta_w_whatever_the_scale_and_the_layer_class(
 
 def test_rank_and_alpha_patterns_give_each_layer_its_own_scale(tmp_path: Path) -> None:
     pattern = {"layer.0.intermediate.dense": 2}
-    adapter, _ = make("bert", tmp_path, r=4, lora_alpha=8, rank_pattern=pattern, alpha_pattern={"layer.1.attention.self.query": 3.0})
+    adapter, _ = make(
+        "bert", tmp_path, r=4, lora_alpha=8, rank_pattern=pattern, alpha_pattern={"layer.1.attention.self.query": 3.0}
+    )
     ranks = {layer: shape.rank for layer, shape in adapter.layers.items()}
     assert ranks["encoder.layer.0.intermediate.dense"] == 2
     assert ranks["encoder.layer.1.intermediate.dense"] == 4
@@ -123,7 +125,9 @@ def test_a_client_swapped_in_again_is_the_same_to_the_last_bit_merges_included(t
 
 def test_merges_received_one_by_one_or_composed_give_the_same_bits(tmp_path: Path) -> None:
     adapter, _ = make("bert", tmp_path, r=4, lora_alpha=8)
-    first, second = ({layer: Download(merge=(own["B"], own["A"])) for layer, own in randomized(adapter, s).items()} for s in (1, 2))
+    first, second = (
+        {layer: Download(merge=(own["B"], own["A"])) for layer, own in randomized(adapter, s).items()} for s in (1, 2)
+    )
     adapter.restart(seed=0)
     adapter.apply(first, {})
     adapter.apply(second, {})
@@ -135,9 +139,7 @@ def test_merges_received_one_by_one_or_composed_give_the_same_bits(tmp_path: Pat
 
 def test_a_pair_of_higher_rank_is_cut_to_its_first_directions(tmp_path: Path) -> None:
     adapter, _ = make("bert", tmp_path, r=3, lora_alpha=7)
-    wide = {
-        layer: {"A": torch.randn(6, s.d_in), "B": torch.randn(s.d_out, 6)} for layer, s in adapter.layers.items()
-    }
+    wide = {layer: {"A": torch.randn(6, s.d_in), "B": torch.randn(s.d_out, 6)} for layer, s in adapter.layers.items()}
     adapter.apply({layer: Download(factors=own) for layer, own in wide.items()}, {})
     for layer, own in adapter.read().items():
         torch.testing.assert_close(own["A"], wide[layer]["A"][:3])
@@ -146,9 +148,7 @@ def test_a_pair_of_higher_rank_is_cut_to_its_first_directions(tmp_path: Path) ->
 
 def test_a_pair_of_lower_rank_is_padded_so_that_the_product_stays_and_gradients_flow(tmp_path: Path) -> None:
     adapter, _ = make("bert", tmp_path, r=4, lora_alpha=8)
-    narrow = {
-        layer: {"A": torch.randn(2, s.d_in), "B": torch.randn(s.d_out, 2)} for layer, s in adapter.layers.items()
-    }
+    narrow = {layer: {"A": torch.randn(2, s.d_in), "B": torch.randn(s.d_out, 2)} for layer, s in adapter.layers.items()}
     adapter.apply({layer: Download(factors=own) for layer, own in narrow.items()}, {})
     for layer, own in adapter.read().items():
         torch.testing.assert_close(own["B"] @ own["A"], narrow[layer]["B"] @ narrow[layer]["A"], atol=1e-6, rtol=1e-5)
@@ -163,9 +163,7 @@ def test_a_pair_of_lower_rank_is_padded_so_that_the_product_stays_and_gradients_
 
 def test_the_observer_takes_a_pair_at_the_rank_it_has(tmp_path: Path) -> None:
     adapter, _ = make("bert", tmp_path, r=3, lora_alpha=7)
-    wide = {
-        layer: {"A": torch.randn(6, s.d_in), "B": torch.randn(s.d_out, 6)} for layer, s in adapter.layers.items()
-    }
+    wide = {layer: {"A": torch.randn(6, s.d_in), "B": torch.randn(s.d_out, 6)} for layer, s in adapter.layers.items()}
     adapter.apply({layer: Download(factors=own) for layer, own in wide.items()}, {}, own_rank=False)
     for layer, own in adapter.read().items():
         torch.testing.assert_close(own["B"] @ own["A"], wide[layer]["B"] @ wide[layer]["A"], atol=1e-5, rtol=1e-5)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
+import tiny
 from umbel.client import fit
 from umbel.client.adapter import Adapter
 from umbel.client.data import Example, collate
@@ -81,7 +81,11 @@ def test_training_leaves_the_global_random_state_alone_and_repeats_itself_with_d
 def test_rounds_equal_one_loop_written_by_hand(kept: str, tmp_path: Path) -> None:
     """Two rounds of three steps against AdamW and a linear schedule over six steps, batch by batch."""
     training = Training(
-        max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, optimizer_state=kept, max_grad_norm=0.5  # type: ignore[arg-type]
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        optimizer_state=kept,
+        max_grad_norm=0.5,  # type: ignore[arg-type]
     )
     ours, state = adapter(tmp_path), dict[str, torch.Tensor]()
     for train_round, seed in ((1, 21), (2, 22)):

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import tomli_w
+
+import tiny
 
 METHODS = [
     {"name": "fedit", "training": {"optimizer_state": "keep"}},

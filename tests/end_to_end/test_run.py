@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import tiny
 from umbel import method as methods
 from umbel import run as running
 from umbel import wire
@@ -33,12 +33,12 @@ from umbel.server import OBSERVER, Aggregator, Server
 METHODS: list[dict[str, Any]] = [
     {"name": "fedit"},
     {"name": "flora_na"},
-    {"name": "flora_na", "label": "flora_na shared", "scope": "shared"},
+    {"name": "flora_na", "label": "flora_na-shared", "scope": "shared"},
     {"name": "florist"},
-    {"name": "florist", "label": "florist merge", "adopt": "merge", "energy": 1.0},
+    {"name": "florist", "label": "florist-merge", "adopt": "merge", "energy": 1.0},
     {"name": "fed_sb", "lora": {"r": 8, "lora_alpha": 8}},
-    {"name": "fed_sb", "label": "fed_sb gradient", "init": "gradient"},
-    {"name": "fed_sb", "label": "fed_sb random", "init": "random"},
+    {"name": "fed_sb", "label": "fed_sb-gradient", "init": "gradient"},
+    {"name": "fed_sb", "label": "fed_sb-random", "init": "random"},
 ]
 
 
@@ -81,14 +81,14 @@ def test_every_round_of_every_method_is_recorded_whole(job: Path, label: str) ->
 
 
 def test_exact_methods_are_exact_and_flora_na_is_no_worse_than_what_it_starts_from(job: Path) -> None:
-    for label in ("fed_sb", "fed_sb gradient", "fed_sb random", "florist merge"):
+    for label in ("fed_sb", "fed_sb-gradient", "fed_sb-random", "florist-merge"):
         for line in lines(job / label):
             assert all(error <= 1e-5 for error in (line["aggregation_error"] or {}).values()), label
     assert any(error > 1e-3 for error in lines(job / "fedit")[-1]["aggregation_error"].values())
 
 
 def test_all_methods_start_from_the_same_batches_and_seeds(job: Path) -> None:
-    first = {label: lines(job / label)[1]["loss"] for label in ("fedit", "flora_na", "florist", "florist merge")}
+    first = {label: lines(job / label)[1]["loss"] for label in ("fedit", "flora_na", "florist", "florist-merge")}
     assert len({json.dumps(loss) for loss in first.values()}) == 1
 
 
@@ -144,7 +144,7 @@ def test_stock_peft_loads_a_causal_result(causal_job: Path, label: str) -> None:
 
 
 def test_eval_scores_the_folder_as_the_run_did(job: Path, causal_job: Path) -> None:
-    for folder in (job / "florist merge", causal_job / "fed_sb"):
+    for folder in (job / "florist-merge", causal_job / "fed_sb"):
         again = running.evaluate_again(folder)
         assert again["accuracy"] == pytest.approx(lines(folder)[-1]["global"]["accuracy"])
         assert again["loss"] == pytest.approx(lines(folder)[-1]["global"]["loss"], rel=1e-4)
@@ -157,7 +157,9 @@ def test_a_head_that_reads_one_token_is_saved_where_peft_looks_for_it(tmp_path: 
     model = PeftModel.from_pretrained(base, str(folder / "adapter"))
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in saved
-    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].weight, saved["base_model.model.classifier.weight"])
+    assert torch.equal(
+        model.base_model.model.classifier.modules_to_save["default"].weight, saved["base_model.model.classifier.weight"]
+    )
 
 
 def test_conv1d_layers_come_out_right(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_conv1d_layers_come_out_right(tmp_path: Path) -> None:
     (tmp_path / "gpt2").mkdir()
     table["model"] = {"name": str(tiny.gpt2(tmp_path / "gpt2"))}
     folder = running.run(table, tmp_path / "run")
-    for label in ("fedit", "florist merge", "fed_sb"):
+    for label in ("fedit", "florist-merge", "fed_sb"):
         assert json.loads((folder / label / "run.json").read_text())["adapter"]["reload_max_difference"] < 1e-5
 
 
@@ -204,7 +206,9 @@ def test_clients_that_sit_out_catch_up(tmp_path: Path) -> None:
     for label in ("florist", "fed_sb"):
         info = json.loads((folder / label / "run.json").read_text())
         assert info["adapter"]["reload_max_difference"] < 1e-5
-        assert all(max(line["aggregation_error"].values()) < 1e-5 for line in lines(folder / label) if line["aggregation_error"])
+        assert all(
+            max(line["aggregation_error"].values()) < 1e-5 for line in lines(folder / label) if line["aggregation_error"]
+        )
 
 
 # Runs taken apart

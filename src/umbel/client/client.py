@@ -1,7 +1,8 @@
 """A client: answers the server's requests with its own rows, over a base model that it may share with others."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class Resident:
         if not chosen:
             return None
         task = self.config.task if generate else replace(self.config.task, exact_match_rows=0)
-        return evaluate(
+        scores = evaluate(
             self.adapter.model,
             self.base.tokenizer,
             [self.dataset.test[i] for i in chosen],
@@ -59,6 +60,8 @@ class Resident:
             replace(self.config, task=task),
             examples=[self.test[i] for i in chosen],
         )
+        # A model that diverged has a loss that JSON cannot say; its accuracy still counts.
+        return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 def tokens(config: Config, base: Base, dataset: Dataset) -> tuple[list[Example], list[Example]]:
@@ -111,7 +114,7 @@ class Client:
         return wire.encode(wire.Message(header, tensors), self.resident.config.wire.dtype)
 
     @contextmanager
-    def _timed(self, stage: str):  # noqa: ANN202
+    def _timed(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started

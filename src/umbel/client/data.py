@@ -115,7 +115,7 @@ def _objects(values: Iterable[tuple[int, Any]], path: Path, place: str) -> list[
     rows: list[Row] = []
     for number, value in values:
         if not isinstance(value, dict):
-            raise ConfigError(f"{str(path)!r}, {place} {number}: got {str(value)[:60]!r}, allowed: a JSON object")
+            raise ConfigError(f"{str(path)!r}, {place} {number}: got {value!r:.60}, allowed: a JSON object")
         rows.append(value)
     return rows
 

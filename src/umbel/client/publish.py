@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,39 @@ from umbel.record import new_folder
 TASK_TYPES = {"choice": "CAUSAL_LM", "instruction": "CAUSAL_LM"}
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a run has learned.
+
+    Args:
+        product: Per layer (B, A), in units of ΔW: adapter and merges together.
+        plain: Trained parameters that are not factors.
+        labels: Class names, in the head's order.
+        rows: Training rows of all clients.
+    """
+
+    product: Mapping[str, tuple[Tensor, Tensor]]
+    plain: Mapping[str, Tensor]
+    labels: list[str]
+    rows: int
+
+
 class PublishError(RuntimeError):
     """The folder that was written does not reproduce the run's model."""
 
 
-def write(
-    folder: Path,
-    config: Config,
-    path: str,
-    product: Mapping[str, tuple[Tensor, Tensor]],
-    plain: Mapping[str, Tensor],
-    labels: list[str],
-    examples: int,
-) -> None:
+def write(folder: Path, config: Config, path: str, result: Result) -> None:
     """Writes a stock PEFT folder: per layer B A at scale 1 with its own rank, and the head.
 
     Args:
         folder: Replaced whole or not at all.
         config: The run's.
         path: Of the base model.
-        product: Per layer (B, A), in units of ΔW: adapter and merges together.
-        plain: Trained parameters that are not factors.
-        labels: Class names, in the head's order.
-        examples: Training rows of all clients, kept in `umbel.json`.
+        result: What to write.
     """
     import peft
 
-    factors = {layer: _compact(B, A) for layer, (B, A) in product.items()}
+    factors = {layer: _compact(B, A) for layer, (B, A) in result.product.items()}
     ranks = {layer: A.shape[0] for layer, (_, A) in factors.items()}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     pattern = {layer: r for layer, r in ranks.items() if r != rank}
@@ -61,20 +68,22 @@ def write(
         base_model_name_or_path=path,
         revision=config.model.revision or None,
         inference_mode=True,
-        modules_to_save=sorted({name.partition(".")[0] for name in plain}) if stock_head else None,
+        modules_to_save=sorted({name.partition(".")[0] for name in result.plain}) if stock_head else None,
     )
     tensors: dict[str, Tensor] = {}
     for layer, (B, A) in factors.items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{layer}.lora_B.weight"] = B.contiguous()
     if stock_head:
-        tensors |= {f"base_model.model.{name}": x.contiguous() for name, x in plain.items()}
+        tensors |= {f"base_model.model.{name}": x.contiguous() for name, x in result.plain.items()}
     with new_folder(folder) as temporary:
         options.save_pretrained(str(temporary))
         safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         if pooled:
-            safetensors.torch.save_file({k: x.contiguous() for k, x in plain.items()}, temporary / "head.safetensors")
-        about = {"umbel": __version__, "method": config.method.name, "num_examples": examples, "labels": labels}
+            head = {name: x.contiguous() for name, x in result.plain.items()}
+            safetensors.torch.save_file(head, temporary / "head.safetensors")
+        about: dict[str, Any] = {"umbel": __version__, "method": config.method.name}
+        about |= {"num_examples": result.rows, "labels": result.labels}
         about["pooling"] = config.model.pooling
         (temporary / "umbel.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(config, path), encoding="utf-8")
@@ -141,21 +150,20 @@ def read(folder: Path, config: Config, labels: int) -> Base:
     import peft
 
     base = models.load(config, labels)
-    pooled = isinstance(base.model, PooledClassifier)
-    carrier = base.model.backbone if pooled else base.model
+    head = base.model if isinstance(base.model, PooledClassifier) else None
+    carrier = base.model if head is None else head.backbone
     with models.quiet():
         loaded = peft.PeftModel.from_pretrained(carrier, str(folder))  # type: ignore[arg-type]
     wanted = set(safetensors.torch.load_file(folder / "adapter_model.safetensors"))
     found = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if wanted != found:
         raise PublishError(f"{folder}: keys differ from what PEFT loads: {sorted(wanted ^ found)[:4]}")
-    model: nn.Module = loaded
-    if pooled:
-        head = safetensors.torch.load_file(folder / "head.safetensors")
-        base.model.classifier.load_state_dict({key.removeprefix("classifier."): x for key, x in head.items()})
-        base.model.backbone = loaded
-        model = base.model
-    return Base(model.eval(), base.tokenizer, base.path)
+    if head is None:
+        return Base(loaded.eval(), base.tokenizer, base.path)
+    saved = safetensors.torch.load_file(folder / "head.safetensors")
+    head.classifier.load_state_dict({name.removeprefix("classifier."): x for name, x in saved.items()})
+    head.backbone = loaded
+    return Base(head.eval(), base.tokenizer, base.path)
 
 
 @torch.inference_mode()
@@ -172,17 +180,7 @@ def difference(published: Base, own: nn.Module, examples: list[Example]) -> floa
     return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
-def publish(
-    folder: Path,
-    config: Config,
-    path: str,
-    product: Mapping[str, tuple[Tensor, Tensor]],
-    plain: Mapping[str, Tensor],
-    labels: list[str],
-    rows: int,
-    own: nn.Module,
-    examples: list[Example],
-) -> dict[str, Any]:
+def publish(folder: Path, config: Config, path: str, result: Result, own: nn.Module, examples: list[Example]) -> dict[str, Any]:
     """Writes the folder, reloads it over a base model fresh from disk, and compares with the run's model.
 
     Args:
@@ -197,13 +195,13 @@ def publish(
     """
     from umbel.record import sha256
 
-    write(folder, config, path, product, plain, labels, rows)
-    apart = difference(read(folder, config, len(labels)), own, examples)
+    write(folder, config, path, result)
+    apart = difference(read(folder, config, len(result.labels)), own, examples)
     # Merged products are rounded to the base weights' precision in the run, and are exact in the folder.
     allowed = {"float32": 1e-4, "bfloat16": 0.2}[config.model.dtype]
     if not apart <= allowed:
         raise PublishError(f"{folder}: reloaded with plain PEFT, logits differ by {apart:.2e} (relative), allowed: {allowed}")
-    ranks = [B.shape[1] for B, _ in product.values()]
+    ranks = [B.shape[1] for B, _ in result.product.values()]
     return {
         "sha256": sha256(folder / "adapter_model.safetensors"),
         "reload_max_difference": apart,

@@ -3,8 +3,9 @@
 A split depends on the seed and the rows alone. Labels and column values are taken in sorted order, never in the order of a
 set, and every draw is from a generator whose seed is derived from the run's.
 
-Test rows follow the training rows for every kind: those of one label go to clients in proportion to the training rows of
-that label which each owns, so that a client is tested on the mixture on which it trains.
+Test rows follow the training rows, so that a client is tested on the mixture on which it trains: by the same column for
+"by", by file for "files" where each client has a test file, and otherwise those of one label go to clients in proportion to
+the training rows of that label which each owns.
 """
 
 import contextlib
@@ -29,6 +30,9 @@ def split(
 ) -> tuple[int, list[int], list[int]]:
     """Decides who owns which rows.
 
+    A Dirichlet draw that leaves a client without a training row (or without a test row, where there are as many as clients)
+    is drawn again from the next derived seed, up to `REDRAWS` times.
+
     Args:
         config: Its `split` and `seed`, and the label column of its `data`.
         train: Training rows.
@@ -38,7 +42,7 @@ def split(
 
     Returns:
         The number of clients K, and for each training and each test row the client 0 … K−1 that owns it. Every client owns
-        a training row. A client may own no test row where there are few.
+        a training row; of test rows a client may own none.
 
     Raises:
         ConfigError: The rows do not allow this split.

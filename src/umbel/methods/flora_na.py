@@ -12,6 +12,7 @@ coefficients: (3) to (6) are ours, alternating least squares from P = Q = p (Fed
 last value, so that L never rises. G has U⁴ numbers and is not formed; H comes from the blocks.
 """
 
+# pyright: reportConstantRedefinition=false
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -1,0 +1,77 @@
+"""The documentation is checked like code: links, commands, examples and method pages exist and work."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from umbel import method
+from umbel.cli import app
+from umbel.config import configs
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+EXAMPLES = sorted(ROOT.glob("examples/*.toml"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_in_the_docs_is_one_that_umbel_has(page: Path) -> None:
+    commands = set(get_command(app).commands)  # type: ignore[attr-defined]
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL) + re.findall(r"`(umbel [^`]+)`", text)
+    for used in re.findall(r"(?:^|\s)umbel ([a-z]+)", "\n".join(blocks)):
+        assert used in commands, used
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_make_target_in_the_docs_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for used in re.findall(r"(?:^|`|\s)make ([a-z0-9-]+)(?=`|\s*$|\s*#)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert used in targets, used
+
+
+def test_every_method_has_a_page_that_names_all_its_options() -> None:
+    import dataclasses
+
+    for name in method.names():
+        page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        for option in dataclasses.fields(method.find(name)):  # type: ignore[arg-type]
+            assert f"`{option.name}`" in page, (name, option.name)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_a_configuration_that_is_accepted(example: Path) -> None:
+    assert configs(tomllib.loads(example.read_text(encoding="utf-8")))
+
+
+def test_there_are_examples_and_pages() -> None:
+    assert {"quickstart.toml", "quickstart-llm.toml", "gsm8k.toml"} <= {path.name for path in EXAMPLES}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_configuration_shown_in_the_docs_has_keys_that_exist(page: Path) -> None:
+    from umbel.config import SECTIONS
+
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        table = tomllib.loads(block)
+        assert set(table) <= set(SECTIONS), block
+        shown = table.get("method", [])
+        for entry in shown if isinstance(shown, list) else [shown]:
+            options = {key: value for key, value in entry.items() if key not in SECTIONS and key not in ("name", "label")}
+            method.load(entry["name"], **options)
+
+
+def test_continuous_integration_runs_the_commands_of_the_readme() -> None:
+    readme, script = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text()
+    for command in ("make test", "make quickstart"):
+        assert command in readme
+        assert command in script

@@ -1,0 +1,746 @@
+"""federate() with the real engine and clients that speak the real wire; only their training is invented."""
+
+import json
+import math
+import random
+
+import pytest
+import safetensors.torch
+import torch
+
+from umbel import algebra, wire
+from umbel.engine import Reply
+from umbel.engine.local import Local
+from umbel.loop import Plan, federate
+from umbel.method import Download, Method, load
+from umbel.record import CHECKPOINT, Record
+from umbel.server import OBSERVER, LayerShape, ServerError, fresh_factors
+
+LAYERS = {"wide": [7, 11, 3], "tall": [10, 6, 3]}
+SHAPES = {layer: LayerShape(*shape) for layer, shape in LAYERS.items()}
+FROZEN = {
+    layer: torch.randn(s.d_out, s.d_in, generator=torch.Generator().manual_seed(1)) for layer, s in sorted(SHAPES.items())
+}
+
+
+def noise(*seed):
+    return lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(algebra.seed_of(*seed)))
+
+
+class Client:
+    """Keeps what a client must keep, by the rules of the wire; its "training" moves factors by noise and by its weights."""
+
+    def __init__(self, number, dtype="float32"):
+        self.number, self.dtype, self.rows = number, dtype, 3 + 2 * number
+        self.states = {}
+        self.started = {}  # per training round what this client started from
+
+    def answer(self, payload):
+        request = wire.decode(payload)
+        header, kind = request.header, request.header["kind"]
+        if kind == "open":
+            return wire.encode(wire.Message({"layers": LAYERS, "rows": self.rows}))
+        factors, merged, plain = self.take(request)
+        weights = self.weights(factors, merged)
+        reply, tensors = {"rows": self.rows, "seconds": {"fit": 0.25}}, {}
+        if kind == "observe":
+            reply = {"scores": {"loss": sum(float(x.norm()) for x in weights.values()), "rows": 9}}
+        elif kind == "measure":
+            G = {layer: x + noise(self.number, layer)(x) for layer, x in weights.items()}
+            if "G" in header["sends"]:
+                tensors = {f"{layer}|G": x for layer, x in G.items()}
+            else:
+                for layer, x in G.items():
+                    U, s, Vh = algebra.dense_svd(x, 3)
+                    tensors |= {f"{layer}|B": U * s, f"{layer}|A": Vh}
+            reply["rows"] = max(1, min(self.rows, header["samples"]))
+        else:
+            turn = header["train_round"]
+            self.started[turn] = (factors, merged, plain)
+            for layer, own in factors.items():
+                pull = weights[layer].norm() * 1e-2
+                factors = {**factors, layer: dict(own)}
+                for name in header["trains"]:
+                    factors[layer][name] = own[name] + pull * noise(self.number, turn, layer, name)(own[name])
+            plain = {"head": plain.get("head", torch.zeros(4)) + noise(self.number, turn)(torch.zeros(4))}
+            tensors = {f"{layer}|{name}": factors[layer][name] for layer in factors for name in header["sends"]}
+            tensors |= wire.pack_plain(plain)
+            reply |= {"loss": 1.0 / turn, "steps": 4, "scores": {"accuracy": 0.5, "loss": 0.7, "rows": 2}}
+        kept = {has: state for has, state in self.states.items() if has == header["has"]}
+        self.states = {**kept, header["keep"]: (factors, merged, plain)}
+        return wire.encode(wire.Message(reply, tensors), self.dtype)
+
+    def take(self, request):
+        factors, merged, plain = self.states[request.header["has"]] if request.header["has"] >= 0 else ({}, {}, {})
+        for layer, download in wire.unpack(request.header, request.tensors).items():
+            own = factors.get(layer, {})
+            if download.reset is not None:
+                own = fresh_factors(layer, SHAPES[layer], download.reset)
+            given = download.factors if self.number == OBSERVER else fitted(download.factors)
+            factors = {**factors, layer: {**own, **given}}
+            total = algebra.add_products(merged.get(layer), download.merge)
+            merged = merged if total is None else {**merged, layer: total}
+        return factors, merged, {**plain, **wire.unpack_plain(request.tensors)}
+
+    def weights(self, factors, merged):
+        result = {}
+        for layer, own in factors.items():
+            result[layer] = FROZEN[layer] + own["B"] @ (own["R"] @ own["A"] if "R" in own else own["A"])
+            if layer in merged:
+                result[layer] = result[layer] + merged[layer][0] @ merged[layer][1]
+        return result
+
+
+def fitted(factors):
+    """A pair of another rank, cut or padded to rank 3."""
+    if set(factors) != {"A", "B"}:
+        return factors
+    A, B = factors["A"][:3], factors["B"][:, :3]
+    short = 3 - len(A)
+    return {"A": torch.cat([A, algebra.fresh_A(short, A.shape[1], 0)]), "B": torch.cat([B, B.new_zeros(len(B), short)], 1)}
+
+
+def clients(count=3, dtype="float32"):
+    return {k: Client(k, dtype) for k in [*range(count), OBSERVER]}
+
+
+def engine(people, **changed):
+    """The local engine over clients, some of whom are changed: `changed` maps "client_1" to a function of its answer."""
+    answers = {k: client.answer for k, client in people.items()}
+    for name, change in changed.items():
+        k = int(name.removeprefix("client_"))
+        answers[k] = change(answers[k])
+    return Local(answers)
+
+
+METHODS = {
+    "fedit": {},
+    "florist": {"energy": 0.8},
+    "florist merge": {"rank": 1, "adopt": "merge"},
+    "flora_na": {},
+    "fed_sb": {"eta": 1e-2},
+    "fed_sb random": {"init": "random"},
+    "fed_sb gradient": {"init": "gradient"},
+}
+
+
+def plan(method="fedit", **options):
+    own = {"rounds": 3, "clients": [0, 1, 2], "seed": 4} | options
+    return Plan(load(method.partition(" ")[0], **METHODS[method]), **own)
+
+
+def ending(folder):
+    """All that a run leaves which must not depend on when and where: the server's state and the lines without times."""
+    message = wire.decode((folder / CHECKPOINT).read_bytes())
+    state = {name: x.numpy().tobytes() for name, x in message.tensors.items()}
+    lines = [{key: x for key, x in line.items() if key != "seconds"} for line in Record(folder).lines()]
+    return message.header["server"], state, lines
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+# Order and engines
+
+
+class Shuffled:
+    """Yields replies in another order than the clients were asked in."""
+
+    def __init__(self, inner, shuffle):
+        self.inner, self.shuffle = inner, shuffle
+
+    def ask(self, asks):
+        replies = list(self.inner.ask(asks))
+        self.shuffle(replies)
+        yield from replies
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shuffle", [list.reverse, random.Random(3).shuffle], ids=["reversed", "shuffled"])
+def test_order_of_arrival_changes_nothing(tmp_path, method, shuffle):
+    federate(engine(clients()), plan(method), Record(tmp_path / "straight"))
+    federate(Shuffled(engine(clients()), shuffle), plan(method), Record(tmp_path / "shuffled"))
+    assert ending(tmp_path / "straight") == ending(tmp_path / "shuffled")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_repeats_to_the_last_bit(tmp_path, method):
+    for name in ("one", "two"):
+        federate(engine(clients()), plan(method), Record(tmp_path / name))
+    assert ending(tmp_path / "one") == ending(tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", ["fedit", "florist merge", "fed_sb random"])
+def test_another_seed_is_another_run(tmp_path, method):
+    for seed in (4, 5):
+        federate(engine(clients()), plan(method, seed=seed), Record(tmp_path / str(seed)))
+    one, other = ending(tmp_path / "4")[1], ending(tmp_path / "5")[1]
+    assert one["held/wide|A"] != other["held/wide|A"]
+
+
+class Chatty:
+    """Repeats replies and adds some that nobody asked for."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def ask(self, asks):
+        for reply in self.inner.ask(asks):
+            yield reply
+            yield reply
+            if reply.client != OBSERVER:
+                yield Reply(7, reply.payload)
+
+
+def test_replies_that_nobody_asked_for_change_nothing(tmp_path):
+    federate(engine(clients()), plan(), Record(tmp_path / "quiet"))
+    federate(Chatty(engine(clients())), plan(), Record(tmp_path / "chatty"))
+    assert ending(tmp_path / "quiet") == ending(tmp_path / "chatty")
+
+
+class Silent:
+    """Never says anything of client 1."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def ask(self, asks):
+        return (reply for reply in self.inner.ask(asks) if reply.client != 1)
+
+
+def test_a_client_of_whom_the_engine_says_nothing_is_refused_and_the_others_go_on(tmp_path):
+    federate(Silent(engine(clients())), plan(), Record(tmp_path))
+    first, *later = lines_of(tmp_path)
+    assert first["refused"] == [{"client": 1, "reason": "no reply"}]
+    assert all(line["asked"] == line["answered"] == [0, 2] for line in later)
+
+
+# Failures and lies
+
+
+def after_the_opening(change):
+    """A client that answers as `change` has it, except at the opening."""
+
+    def changed(answer):
+        def own(payload):
+            return answer(payload) if wire.decode(payload).header["kind"] == "open" else change(answer, payload)
+
+        return own
+
+    return changed
+
+
+def at_the_opening(change):
+    def changed(answer):
+        def own(payload):
+            return change(answer, payload) if wire.decode(payload).header["kind"] == "open" else answer(payload)
+
+        return own
+
+    return changed
+
+
+def raw(fields, tensors, text=None):
+    return safetensors.torch.save(tensors, {"umbel": text or json.dumps({"version": wire.VERSION, **fields})})
+
+
+def saying(**changes):
+    """Changes entries of a reply's header; None takes one away."""
+
+    def change(answer, payload):
+        message = wire.decode(answer(payload))
+        fields = {key: value for key, value in {**message.header, **changes}.items() if value is not None}
+        return raw(fields, message.tensors)
+
+    return change
+
+
+def literally(key, text):
+    """Puts JSON text in a reply's header that no encoder writes."""
+
+    def change(answer, payload):
+        message = wire.decode(answer(payload))
+        fields = {**message.header, "version": wire.VERSION, key: "HERE"}
+        return raw({}, message.tensors, json.dumps(fields).replace('"HERE"', text))
+
+    return change
+
+
+def sending(**changes):
+    """Changes tensors of a reply; None takes one away. `__` stands for `|`."""
+
+    def change(answer, payload):
+        message = wire.decode(answer(payload))
+        named = {name.replace("__", "|"): x for name, x in changes.items()}
+        tensors = {name: x for name, x in {**message.tensors, **named}.items() if x is not None}
+        return raw(message.header, tensors)
+
+    return change
+
+
+def failing(answer, payload):
+    raise RuntimeError("out of memory")
+
+
+REFUSED = {
+    "fails": (failing, "RuntimeError: out of memory (test_loop.py:"),
+    "sends nothing": (lambda answer, payload: b"", "message of 0 bytes is truncated"),
+    "sends half": (lambda answer, payload: answer(payload)[:-50], "not a valid message"),
+    "sends a pickle": (lambda answer, payload: b"\x80\x04\x95" + b"\0" * 100, "header says"),
+    "speaks another version": (saying(version=2), "wire version 2, this side speaks 1"),
+    "says no rows": (saying(rows=None), "client 1 says it has None rows"),
+    "says zero rows": (saying(rows=0), "client 1 says it has 0 rows, allowed: 1 to"),
+    "says fewer than zero rows": (saying(rows=-3), "client 1 says it has -3 rows"),
+    "says many rows": (saying(rows="many"), "client 1 says it has 'many' rows"),
+    "says a list of rows": (saying(rows=[1]), "client 1 says it has [1] rows"),
+    "says true rows": (saying(rows=True), "client 1 says it has True rows"),
+    "says half a row": (saying(rows=0.5), "client 1 says it has 0.5 rows"),
+    "says more rows than there are": (saying(rows=10**400), "client 1 says it has 1000000"),
+    "says infinite rows": (literally("rows", "1e999"), "1e999 is not a finite number"),
+    "says NaN rows": (literally("rows", "NaN"), "NaN is not a finite number"),
+    "says NaN loss": (literally("loss", "NaN"), "NaN is not a finite number"),
+    "sends NaN": (sending(tall__B=torch.full((10, 3), float("nan"))), "layer 'tall': client 1 sent B with NaN"),
+    "sends huge numbers": (sending(tall__B=torch.full((10, 3), 1e38)), "layer 'tall': client 1 sent B with NaN, infinity or"),
+    "sends another shape": (
+        sending(tall__B=torch.ones(3, 10)),
+        "layer 'tall': client 1 sent B of shape (3, 10), wanted (10, 3)",
+    ),
+    "sends a layer less": (sending(tall__A=None, tall__B=None), "client 1: layers missing ['tall'], unknown []"),
+    "sends a layer more": (sending(more__A=torch.ones(2, 2)), "client 1: layers missing [], unknown ['more']"),
+    "sends a tensor without a layer": (sending(A=torch.ones(2, 2)), "tensor 'A': its name is not '<layer>|<factor>'"),
+    "sends names without end": (
+        sending(**{"x" * 5000 + "__A": torch.ones(2, 2)}),
+        "client 1: layers missing [], unknown ['xxx",
+    ),
+    "sends no head": (sending(plain__head=None), "client 1: parameters that are not factors differ"),
+    "sends another head": (sending(plain__head=torch.ones(5)), "client 1: parameters that are not factors differ"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_reply_that_cannot_be_used_is_refused_with_its_reason_and_the_round_goes_on(tmp_path, change, reason):
+    federate(engine(clients(), client_1=after_the_opening(change)), plan(), Record(tmp_path))
+    first, *later = lines_of(tmp_path)
+    assert first["answered"] == [0, 1, 2]
+    for line in later:
+        assert line["asked"] == [0, 1, 2]
+        assert line["answered"] == [0, 2]
+        assert [refused["client"] for refused in line["refused"]] == [1]
+        assert line["refused"][0]["reason"].startswith(reason) or reason in line["refused"][0]["reason"]
+        assert len(line["refused"][0]["reason"]) <= 1000
+        assert set(line["rows"]) == set(line["loss"]) == set(line["local"]) == {"0", "2"}
+
+    # What is left is what the others alone would have made.
+    federate(engine(clients()), plan(clients=[0, 2]), Record(tmp_path / "without"))
+    assert ending(tmp_path)[1] == ending(tmp_path / "without")[1]
+
+
+IGNORED = {
+    "seconds that are a list": saying(seconds=[1]),
+    "seconds that are text": saying(seconds={"fit": "long"}),
+    "seconds before the start": saying(seconds={"fit": -5}),
+    "seconds beyond floats": saying(seconds={"fit": 10**400}),
+    "seconds of an unknown stage": saying(seconds={"sleep": 1}),
+    "scores that are text": saying(scores="x"),
+    "scores that are a list": saying(scores=[1]),
+    "scores that are text inside": saying(scores={"accuracy": "high"}),
+    "scores that nest": saying(scores={"accuracy": {"accuracy": 1}}),
+    "scores beyond floats": saying(scores={"accuracy": 10**400}),
+    "scores by a name that is no text": saying(scores={"\ud800": 1}),
+    "loss that is text": saying(loss="NaN"),
+    "loss that is no text": saying(loss="\ud800"),
+    "loss that is a list": saying(loss=[1.0]),
+    "loss that is an object": saying(loss={"a": 1}),
+    "loss that is true": saying(loss=True),
+    "loss beyond floats": saying(loss=-(10**400)),
+    "steps that are text": saying(steps="many"),
+    "things nobody asked for": saying(reset={"wide": 3}, layers="x", kind=[None], has={}, surprise="\ud800"),
+}
+
+
+@pytest.mark.parametrize("change", IGNORED.values(), ids=IGNORED)
+def test_what_a_reply_says_beside_its_factors_cannot_hurt(tmp_path, change):
+    federate(engine(clients(), client_1=after_the_opening(change)), plan(), Record(tmp_path / "lied"))
+    federate(engine(clients()), plan(), Record(tmp_path / "said"))
+    assert ending(tmp_path / "lied")[1] == ending(tmp_path / "said")[1]
+    for line in lines_of(tmp_path / "lied")[1:]:
+        assert line["answered"] == [0, 1, 2]
+        assert line["refused"] == []
+        assert line["seconds"]["fit"] in (0.5, 0.75)
+        values = [x for key in ("rows", "steps", "loss") for x in line[key].values()]
+        values += [x for scores in line["local"].values() for x in scores.values()]
+        assert all(type(x) in (int, float) and math.isfinite(x) for x in values)
+        json.dumps(line, ensure_ascii=False).encode()  # can be printed
+
+
+OPENING = {
+    "fails": (failing, "RuntimeError: out of memory"),
+    "sends nothing": (lambda answer, payload: b"", "truncated"),
+    "says no rows": (saying(rows=None), "client 1 says it has None rows"),
+    "says zero rows": (saying(rows=0), "client 1 says it has 0 rows"),
+    "says text rows": (saying(rows="5"), "client 1 says it has '5' rows"),
+    "says true rows": (saying(rows=True), "client 1 says it has True rows"),
+    "says no layers": (saying(layers=None), "client 1 says its layers are None"),
+    "says zero layers": (saying(layers={}), "client 1 says its layers are {}"),
+    "says a list of layers": (saying(layers=["wide"]), "client 1 says its layers are ['wide']"),
+    "says a layer without a shape": (saying(layers={**LAYERS, "tall": "x"}), "layer 'tall': client 1 says 'x'"),
+    "says a shape of two": (saying(layers={**LAYERS, "tall": [10, 6]}), "layer 'tall': client 1 says [10, 6]"),
+    "says a negative shape": (saying(layers={**LAYERS, "tall": [10, -6, 3]}), "layer 'tall': client 1 says [10, -6, 3]"),
+    "says a true shape": (saying(layers={**LAYERS, "tall": [10, 6, True]}), "layer 'tall': client 1 says [10, 6, True]"),
+    "says a float shape": (saying(layers={**LAYERS, "tall": [10, 6, 3.0]}), "layer 'tall': client 1 says [10, 6, 3.0]"),
+    "says a shape beyond memory": (saying(layers={**LAYERS, "tall": [2**40, 6, 3]}), "layer 'tall': client 1 says [1099"),
+    "has another shape": (
+        saying(layers={**LAYERS, "tall": [10, 7, 3]}),
+        "layer 'tall': client 1 has LayerShape(d_out=10, d_in=7",
+    ),
+    "has another rank": (
+        saying(layers={**LAYERS, "tall": [10, 6, 4]}),
+        "layer 'tall': client 1 has LayerShape(d_out=10, d_in=6",
+    ),
+    "has a layer more": (saying(layers={**LAYERS, "more": [1, 1, 1]}), "layer 'more': client 1 has LayerShape(d_out=1"),
+    "has a layer less": (saying(layers={"wide": [7, 11, 3]}), "layer 'tall': client 1 has None"),
+    "has layers by names that are no text": (saying(layers={"\ud800": [7, 11, 3]}), "client 1 has None"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), OPENING.values(), ids=OPENING)
+@pytest.mark.parametrize("liar", [0, 1])
+def test_a_client_that_cannot_be_used_at_the_opening_is_refused_with_its_reason_and_left_out(tmp_path, liar, change, reason):
+    federate(engine(clients(), **{f"client_{liar}": at_the_opening(change)}), plan(), Record(tmp_path))
+    first, *later = lines_of(tmp_path)
+    others = [k for k in (0, 1, 2) if k != liar]
+    assert first["asked"] == [0, 1, 2]
+    assert first["answered"] == others
+    assert [refused["client"] for refused in first["refused"]] == [liar]
+    assert reason.replace("client 1", f"client {liar}") in first["refused"][0]["reason"]
+    assert len(later) == 3
+    assert all(line["asked"] == line["answered"] == others for line in later)
+
+
+def test_where_no_majority_agrees_on_the_layers_the_run_stops_and_names_one_that_differs(tmp_path):
+    change = at_the_opening(saying(layers={**LAYERS, "tall": [10, 7, 3]}))
+    with pytest.raises(ServerError, match=r"layer 'tall': client 1 has .*d_in=7.*All clients need the same base model"):
+        federate(engine(clients(2), client_1=change), plan(clients=[0, 1]), Record(tmp_path))
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_an_opening_that_nobody_answers_ends_with_all_reasons(tmp_path):
+    people = engine(clients(2), client_0=lambda answer: lambda payload: b"", client_1=at_the_opening(failing))
+    with pytest.raises(ServerError, match=r"no client answered the opening .*client 0: .*truncated; client 1: .*out of memory"):
+        federate(people, plan(clients=[0, 1]), Record(tmp_path))
+
+
+def test_a_round_with_nobody_left_ends_the_run_with_all_reasons_and_a_later_start_goes_on(tmp_path):
+    people = clients(2)
+    bad = {"client_0": after_the_opening(failing), "client_1": after_the_opening(saying(rows=0))}
+    with pytest.raises(ServerError, match=r"round 1: no client is left .*client 0: .*out of memory.*; client 1: .* 0 rows"):
+        federate(engine(people, **bad), plan(clients=[0, 1]), Record(tmp_path))
+    assert [line["phase"] for line in lines_of(tmp_path)] == ["open"]
+    federate(engine(people), plan(clients=[0, 1]), Record(tmp_path))
+    federate(engine(clients(2)), plan(clients=[0, 1]), Record(tmp_path / "undisturbed"))
+    assert ending(tmp_path) == ending(tmp_path / "undisturbed")
+
+
+def fails_once(turn, after):
+    """Fails in one training round, before it did anything or after it kept its state and answered."""
+
+    def change(answer, payload):
+        now = wire.decode(payload).header.get("train_round") == turn
+        reply = answer(payload) if after or not now else b""
+        return failing(answer, payload) if now else reply
+
+    return after_the_opening(change)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("after", [False, True], ids=["before it trained", "on the way back"])
+def test_a_client_that_failed_in_a_round_starts_the_next_from_what_the_others_start_from(tmp_path, method, after):
+    people = clients()
+    federate(engine(people, client_1=fails_once(2, after)), plan(method), Record(tmp_path))
+    assert [line["answered"] for line in lines_of(tmp_path) if line["train_round"]] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert same(people[0].started[3], people[1].started[3])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [lambda answer, payload: b"", failing],
+)
+def test_when_the_common_model_cannot_be_scored_the_run_stops_and_says_why(tmp_path, reply):
+    answers = {k: client.answer for k, client in clients().items()}
+    answers[OBSERVER] = lambda payload: reply(None, payload)
+    with pytest.raises(ServerError, match="scoring the common model failed: "):
+        federate(Local(answers), plan(), Record(tmp_path))
+
+
+def same(first, second):
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(x, second[key]) for key, x in first.items())
+    return len(first) == len(second) and all(map(same, first, second))
+
+
+# Who takes part
+
+
+@pytest.mark.parametrize("method", ["fedit", "fed_sb"])
+def test_who_is_asked_is_drawn_by_the_seed_and_the_round_alone(tmp_path, method):
+    def asked(name, **options):
+        changed = {"client_3": after_the_opening(failing)} if name == "one fails" else {}
+        own = plan(method, clients=list(range(6)), clients_per_round=2, rounds=5, **options)
+        federate(engine(clients(6), **changed), own, Record(tmp_path / name))
+        return [line["asked"] for line in lines_of(tmp_path / name) if line["phase"] == "train"]
+
+    drawn = asked("straight")
+    assert drawn == asked("one fails") == asked("bfloat16", dtype="bfloat16")
+    assert all(len(own) == 2 and own == sorted(own) for own in drawn)
+    assert len({tuple(own) for own in drawn}) > 1
+    assert drawn != asked("another seed", seed=5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clients_that_sat_out_start_from_what_the_others_start_from(tmp_path, method, dtype):
+    people = clients(5, dtype)
+    own = plan(method, clients=list(range(5)), clients_per_round=3, rounds=6, dtype=dtype)
+    federate(engine(people), own, Record(tmp_path))
+    caught_up = 0
+    for line in lines_of(tmp_path):
+        if line["phase"] == "train":
+            starts = [people[k].started[line["train_round"]] for k in line["asked"]]
+            assert all(same(starts[0], start) for start in starts)
+            caught_up += any(line["train_round"] - 1 not in people[k].started for k in line["asked"])
+    assert caught_up >= 2
+
+
+def test_the_measurement_asks_everybody_and_does_not_count_as_a_training_round(tmp_path):
+    own = plan("fed_sb", clients=list(range(4)), clients_per_round=2)
+    federate(engine(clients(4)), own, Record(tmp_path))
+    lines = lines_of(tmp_path)
+    assert [line["phase"] for line in lines] == ["open", "measure", "train", "train", "train"]
+    assert [line["train_round"] for line in lines] == [0, 0, 1, 2, 3]
+    assert lines[1]["asked"] == lines[1]["answered"] == [0, 1, 2, 3]
+    assert lines[1]["aggregation_error"] is None
+    assert sum(lines[1]["rows"].values()) >= 20  # 24 rows there are, 32 are wished for
+
+
+def test_a_start_that_is_the_servers_alone_asks_nobody(tmp_path):
+    federate(engine(clients()), plan("fed_sb random"), Record(tmp_path))
+    line = lines_of(tmp_path)[1]
+    assert (line["phase"], line["asked"], line["answered"], line["bytes_up"]) == ("measure", [], [], {})
+
+
+# The record
+
+
+class Counting:
+    """Notes the length of all that passes."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, []
+
+    def ask(self, asks):
+        own = {}
+        self.calls.append(own)
+
+        def noted():
+            for ask in asks:
+                own[str(ask.client)] = [len(ask.payload), None]
+                yield ask
+
+        for reply in self.inner.ask(noted()):
+            own[str(reply.client)][1] = len(reply.payload)
+            yield reply
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_are_the_lengths_of_what_was_sent_and_the_observers_are_not_counted(tmp_path, method):
+    counting = Counting(engine(clients(4)))
+    own = plan(method, clients=list(range(4)), clients_per_round=3)
+    federate(counting, own, Record(tmp_path))
+    calls = [call for call in counting.calls if str(OBSERVER) not in call]
+    lines = [line for line in lines_of(tmp_path) if line["asked"]]
+    assert len(calls) == len(lines)
+    for call, line in zip(calls, lines):
+        assert line["bytes_down"] == {client: down for client, (down, _) in call.items()}
+        assert line["bytes_up"] == {client: up for client, (_, up) in call.items()}
+
+
+def test_every_line_has_the_fields_that_the_report_reads(tmp_path):
+    federate(engine(clients()), plan("fed_sb"), Record(tmp_path))
+    for number, line in enumerate(lines_of(tmp_path)):
+        assert list(line) == [
+            "round",
+            "phase",
+            "train_round",
+            "asked",
+            "answered",
+            "refused",
+            "rows",
+            "steps",
+            "loss",
+            "bytes_down",
+            "bytes_up",
+            "seconds",
+            "local",
+            "global",
+            "aggregation_error",
+            "rank",
+        ]
+        assert line["round"] == number
+        assert set(line["seconds"]) == {"fit", "evaluate", "adapter", "wire", "server", "record", "total"}
+        assert all(seconds >= 0 for seconds in line["seconds"].values())
+        if line["phase"] == "train":
+            assert line["rows"] == {"0": 3, "1": 5, "2": 7}
+            assert line["steps"] == {"0": 4, "1": 4, "2": 4}
+            assert line["loss"]["1"] == 1.0 / line["train_round"]
+            assert line["local"]["2"] == {"accuracy": 0.5, "loss": 0.7, "rows": 2}
+            assert line["global"]["rows"] == 9
+            assert line["seconds"]["fit"] == 0.75
+            assert set(line["aggregation_error"]) == set(LAYERS)
+            assert line["rank"] == {"wide": 3, "tall": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "scored"),
+    [
+        ({"observe": "rounds"}, [False, True, True, True]),
+        ({"observe": "end"}, [False, False, False, True]),
+        ({"observe": "never"}, [False, False, False, False]),
+        ({"observe": "rounds", "observe_start": True}, [True, True, True, True]),
+    ],
+)
+def test_the_common_model_is_scored_when_the_plan_says(tmp_path, options, scored):
+    federate(engine(clients()), plan(**options), Record(tmp_path))
+    assert [line["global"] is not None for line in lines_of(tmp_path)] == scored
+
+
+class Adds(Method):
+    """Gives clients something that none of them sent."""
+
+    def combine(self, got, held):
+        return Download(factors={"A": got["A"], "B": got["B"] + 1})
+
+
+def test_a_layer_whose_mean_is_zero_has_no_relative_error_and_the_run_goes_on(tmp_path):
+    nothing = after_the_opening(sending(tall__B=torch.zeros(10, 3)))
+    people = engine(clients(2), client_0=nothing, client_1=nothing)
+    federate(people, Plan(Adds(), rounds=2, clients=[0, 1]), Record(tmp_path))
+    assert [list(line["aggregation_error"]) for line in lines_of(tmp_path)[1:]] == [["wide"], ["wide"]]
+
+
+@pytest.mark.parametrize("method", ["fedit", "florist merge", "fed_sb"])
+def test_the_observer_is_sent_only_what_is_new(tmp_path, method):
+    counting = Counting(engine(clients()))
+    federate(counting, plan(method, rounds=5), Record(tmp_path))
+    sizes = [call[str(OBSERVER)][0] for call in counting.calls if str(OBSERVER) in call]
+    assert len(sizes) == 5
+    assert max(sizes[1:]) - min(sizes[1:]) < 100
+
+
+def test_the_observer_sees_the_model_that_the_server_returns(tmp_path):
+    people = clients()
+    result = federate(engine(people), plan("florist merge"), Record(tmp_path))
+    factors, merged, plain = people[OBSERVER].states[result.round]
+    for layer, (B, A) in result.model().items():
+        seen = people[OBSERVER].weights(factors, merged)[layer]
+        assert torch.allclose(seen, FROZEN[layer] + B @ A, atol=1e-5)
+    assert same(plain, result.plain)
+
+
+def test_progress_tells_of_every_reply(tmp_path):
+    events = []
+    federate(engine(clients()), plan("fed_sb", rounds=2), Record(tmp_path), events.append)
+    assert [(event["phase"], event["round"], event["client"]) for event in events] == [
+        *(("measure", 1, k) for k in range(3)),
+        *(("train", turn, k) for turn in (1, 2) for k in range(3)),
+    ]
+    assert all(event["rounds"] == 2 and event["clients"] == 3 for event in events)
+
+
+def test_an_error_message_that_is_no_text_is_recorded_all_the_same(tmp_path):
+    def change(answer, payload):
+        raise OSError("no file rows-\udcff.jsonl")
+
+    federate(engine(clients(), client_1=after_the_opening(change)), plan(rounds=1), Record(tmp_path))
+    assert "rows-\udcff.jsonl" in lines_of(tmp_path)[1]["refused"][0]["reason"]
+
+
+# Interruption
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+class Dying:
+    """Ends the run at the n-th ask of all, before the client hears of it or after it answered."""
+
+    def __init__(self, inner, last, heard):
+        self.inner, self.left, self.heard = inner, last, heard
+
+    def ask(self, asks):
+        for ask in asks:
+            if self.left == 0 and not self.heard:
+                raise Killed
+            replies = list(self.inner.ask([ask]))
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            yield from replies
+
+
+INTERRUPTED = {"fedit": 15, "florist merge": 15, "fed_sb": 18}
+"""Asks of a run of three clients and rounds: the opening, the measurement, and per round three clients and the observer."""
+
+
+@pytest.fixture(scope="module", params=INTERRUPTED)
+def undisturbed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    own = plan(request.param, clients=[0, 1, 2])
+    counting = Counting(engine(clients()))
+    federate(counting, own, Record(folder))
+    assert sum(map(len, counting.calls)) == INTERRUPTED[request.param]
+    return own, ending(folder)
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["before the client hears", "after it answered"])
+@pytest.mark.parametrize("last", range(max(INTERRUPTED.values())))
+def test_a_run_that_was_killed_at_any_ask_goes_on_to_the_same_end(tmp_path, undisturbed, last, heard):
+    own, wanted = undisturbed
+    people = clients()
+    dying = Dying(engine(people), last, heard)
+    try:
+        federate(dying, own, Record(tmp_path))
+        assert dying.left >= 0  # this method asks less often than the others
+    except Killed:
+        lines = tmp_path / "rounds.jsonl"
+        if last % 2 and lines.exists():  # the line of the last round did not reach the disk whole
+            lines.write_bytes(lines.read_bytes()[:-7])
+    federate(engine(people), own, Record(tmp_path))
+    assert ending(tmp_path) == wanted
+
+
+def test_a_run_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_path):
+    own = plan("florist merge", clients=list(range(4)), clients_per_round=2, rounds=4)
+    federate(engine(clients(4)), own, Record(tmp_path / "undisturbed"))
+    people, kills = clients(4), 0
+    while kills < 50:
+        try:
+            federate(Dying(engine(people), last=4, heard=kills % 2 == 0), own, Record(tmp_path / "killed"))
+            break
+        except Killed:
+            kills += 1
+    assert 1 < kills < 50
+    assert ending(tmp_path / "killed") == ending(tmp_path / "undisturbed")
+
+
+def test_a_run_that_is_done_asks_nobody_when_it_is_called_again(tmp_path):
+    federate(engine(clients()), plan(), Record(tmp_path))
+    before = ending(tmp_path)
+    counting = Counting(engine(clients()))
+    result = federate(counting, plan(), Record(tmp_path))
+    assert counting.calls == []
+    assert ending(tmp_path) == before
+    assert result.round == 3
