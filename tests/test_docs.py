@@ -75,3 +75,22 @@ def test_continuous_integration_runs_the_commands_of_the_readme() -> None:
     for command in ("make test", "make quickstart"):
         assert command in readme
         assert command in script
+
+
+def test_every_key_of_the_configuration_is_documented_with_its_default() -> None:
+    import dataclasses
+    import typing
+
+    from umbel.config import Config
+
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for section, kind in typing.get_type_hints(Config).items():
+        if section == "method" or not dataclasses.is_dataclass(kind):
+            continue
+        own = page.partition(f"## `[{section}]`")[2].partition("\n## ")[0]
+        for key in dataclasses.fields(kind):
+            default = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc]
+            shown = (
+                f'"{default}"' if isinstance(default, str) else str(default).lower() if isinstance(default, bool) else default
+            )
+            assert f"| `{key.name}` | `{shown}` |" in own, (section, key.name)

@@ -179,8 +179,11 @@ class Aggregator:
     def __post_init__(self) -> None:
         self._collectors = {layer: self.phase.collect() for layer in self.server.layers}
         self._plain = Mean()
+        # ΔW is linear in a factor that is sent alone, so its mean gives Σ p_k ΔW_k; with two, every product is needed.
+        self._alone = len(self.phase.sends) == 1
+        ideal = Mean if self._alone else Stack
         # A measurement has no update whose aggregate could be wrong.
-        self._ideal = {layer: Stack() for layer in self.server.layers} if self.measure_error and self.phase.trains else None
+        self._ideal = {layer: ideal() for layer in self.server.layers} if self.measure_error and self.phase.trains else None
 
     def add(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
         """Checks one client's upload whole, then folds it in.
@@ -203,8 +206,7 @@ class Aggregator:
                 # A collector of somebody's own that is stricter than our checks; other layers may be folded already.
                 raise ServerError(f"layer {layer!r}: client {client} {error}") from error
             if self._ideal is not None:
-                B, A = method.product({**self.server.held[layer], **own})
-                self._ideal[layer].add({"B": B, "A": A}, weight)
+                self._ideal[layer].add({name: x.double() for name, x in own.items()} if self._alone else own, weight)
         if plain:
             self._plain.add(dict(plain), weight)
         self.folded.append(client)
@@ -279,9 +281,10 @@ class Aggregator:
             sent = self._sent(layer, download)
             rank[layer] = sent[0].shape[-1]
             if self._ideal is not None:
-                ideal = self._ideal[layer].done()
+                common = {name: x.double() for name, x in self.server.held[layer].items()}
+                ideal = method.product({**common, **self._ideal[layer].done()})
                 error = error or {}
-                error[layer] = algebra.relative_error(sent, (ideal["B"], ideal["A"]))
+                error[layer] = algebra.relative_error(sent, ideal)
         plain = {name: wire.rounded(x, self.server.dtype) for name, x in self._plain.done().items()}
         return Aggregated(downloads, plain, error, rank)
 
