@@ -69,7 +69,7 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
         ServerError: A round had nobody left.
         RecordError: Another process is at work in the folder.
     """
-    from umbel.client import client, data, model
+    from umbel.client import client, data, model, publish
 
     configs = configuration.configs(table)
     shared = _shared(configs)
@@ -88,11 +88,12 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
         listen({"event": "stage", "text": "loading the model"})
         base = model.load(shared, len(dataset.labels))
         train, test = client.tokens(shared, base, dataset)
+        stock = publish.Stock(shared, len(dataset.labels))
         facts = _facts(manifest, model.fingerprint(shared), shared)
         for index, member in enumerate(members):
             listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
             own = _pooled(dataset) if member.role == "central" else dataset
-            _run_member(folder / member.folder, member, client.Resident, base, own, train, test, facts, listen)
+            _run_member(folder / member.folder, member, base, stock, own, train, test, facts, listen)
     return folder
 
 
@@ -154,17 +155,17 @@ def _contents(members: list[Member]) -> dict[str, Any]:
 def _run_member(
     folder: Path,
     member: Member,
-    resident_class: Any,
     base: Any,
+    stock: Any,
     dataset: Any,
     train: list[Any],
     test: list[Any],
     facts: dict[str, Any],
     listen: Listener,
 ) -> None:
-    from umbel.client import publish
+    from umbel.client import model, publish
     from umbel.client.adapter import Adapter
-    from umbel.client.client import Client
+    from umbel.client.client import Client, Resident
 
     record = Record(folder)
     if record.info.get("state") == "done":
@@ -174,7 +175,7 @@ def _run_member(
     record.start(configuration.to_table(config), {**info, **_identity(config)})
     adapter = Adapter(base.model, config.lora, config.task.kind, config.seed)
     try:
-        resident = resident_class(config, base, adapter, dataset, train, test)
+        resident = Resident(config, base, adapter, dataset, train, test)
         resident.on_step = lambda number, step, steps: listen({"event": "step", "client": number, "step": step, "steps": steps})
         answers = {k: Client(k, resident, folder / "clients" / str(k)).answer for k in [*member.clients, OBSERVER]}
         server = federate(Local(answers), _plan(member), record, lambda event: listen({"event": "round", **event}))
@@ -185,7 +186,8 @@ def _run_member(
             adapter.apply(server.owed[-1], server.plain, own_rank=False)
             rows = sum(owner in member.clients for owner in dataset.owner_train)
             result = publish.Result(server.model(), server.plain, dataset.labels, rows)
-            published = publish.publish(folder / "adapter", config, base.path, result, adapter.model, test[:8])
+            own = model.Base(adapter.model, base.tokenizer, base.path)
+            published = publish.publish(folder / "adapter", config, result, own, stock, test[:8])
         seconds = sum(line["seconds"]["total"] for line in record.lines())
         record.update(state="done", finished=now(), adapter=published, seconds=seconds)
     except BaseException as error:
@@ -287,5 +289,5 @@ def evaluate_again(folder: Path) -> dict[str, Any]:
 
     config = configuration.from_table(configuration.read(folder / "run.toml"))
     dataset = data.load(config)
-    base = publish.read(folder / "adapter", config, len(dataset.labels))
-    return evaluate(base.model, base.tokenizer, dataset.test, dataset.labels, config)
+    with publish.Stock(config, len(dataset.labels)).loaded(folder / "adapter") as base:
+        return evaluate(base.model, base.tokenizer, dataset.test, dataset.labels, config)

@@ -349,13 +349,25 @@ def test_a_result_that_does_not_reproduce_the_model_is_not_called_done(job: Path
     folder = tmp_path / "adapter"
     shutil.copytree(job / "fedit" / "adapter", folder)
     config = from_table(json.loads((job / "fedit" / "run.json").read_text())["config"])
-    own = publish.read(folder, config, 3)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    name = next(key for key in tensors if "lora_B" in key)
-    tensors[name] = tensors[name] + 1
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    changed = publish.read(folder, config, 3)
-    dataset = load_data(config)
-    _, test = tokens(config, own, dataset)
-    assert publish.difference(own, own.model, test[:8]) == 0
-    assert publish.difference(changed, own.model, test[:8]) > 1e-4
+    with publish.Stock(config, 3).loaded(folder) as own:
+        _, test = tokens(config, own, load_data(config))
+        tensors = load_file(folder / "adapter_model.safetensors")
+        name = next(key for key in tensors if "lora_B" in key)
+        tensors[name] = tensors[name] + 1
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        assert publish.difference(own, own.model, test[:8]) == 0
+        with publish.Stock(config, 3).loaded(folder) as changed:
+            assert publish.difference(changed, own.model, test[:8]) > 1e-4
+
+
+def test_folders_loaded_one_after_the_other_leave_no_trace_in_the_base(job: Path) -> None:
+    config = from_table(json.loads((job / "fedit" / "run.json").read_text())["config"])
+    stock = publish.Stock(config, 3)
+    rows = tokens(config, load_model(config, 3), load_data(config))[1][:8]
+    with stock.loaded(job / "fedit" / "adapter") as first, torch.inference_mode():
+        batch = {key: x for key, x in collate(rows, 0).items() if key != "labels"}
+        wanted = first.model(**batch).logits.clone()
+    with stock.loaded(job / "florist-merge" / "adapter") as other, torch.inference_mode():
+        assert not torch.equal(other.model(**batch).logits, wanted)
+    with stock.loaded(job / "fedit" / "adapter") as again, torch.inference_mode():
+        assert torch.equal(again.model(**batch).logits, wanted)

@@ -1,7 +1,8 @@
 """The result as a stock PEFT folder: written, read back, and compared with the run's own model."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,34 +137,53 @@ def _card(config: Config, path: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read(folder: Path, config: Config, labels: int) -> Base:
-    """Loads base model and adapter from disk with stock PEFT.
+class Stock:
+    """A base model fresh from disk, onto which stock PEFT loads one folder after the other.
 
     Args:
-        folder: A PEFT folder that `write` made.
-        config: The run's.
+        config: Of a run; the model, task and seed are what counts.
         labels: Classes of the head.
-
-    Raises:
-        PublishError: Keys of the folder and of the model do not match.
     """
-    import peft
 
-    base = models.load(config, labels)
-    head = base.model if isinstance(base.model, PooledClassifier) else None
-    carrier = base.model if head is None else head.backbone
-    with models.quiet():
-        loaded = peft.PeftModel.from_pretrained(carrier, str(folder))  # type: ignore[arg-type]
-    wanted = set(safetensors.torch.load_file(folder / "adapter_model.safetensors"))
-    found = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    if wanted != found:
-        raise PublishError(f"{folder}: keys differ from what PEFT loads: {sorted(wanted ^ found)[:4]}")
-    if head is None:
-        return Base(loaded.eval(), base.tokenizer, base.path)
-    saved = safetensors.torch.load_file(folder / "head.safetensors")
-    head.classifier.load_state_dict({name.removeprefix("classifier."): x for name, x in saved.items()})
-    head.backbone = loaded
-    return Base(head.eval(), base.tokenizer, base.path)
+    def __init__(self, config: Config, labels: int) -> None:
+        self._config, self._labels = config, labels
+        self._base: Base | None = None
+
+    @contextlib.contextmanager
+    def loaded(self, folder: Path) -> Iterator[Base]:
+        """Yields the base model with a folder's adapter and head on it, and takes them off again.
+
+        Args:
+            folder: A PEFT folder that `write` made.
+
+        Raises:
+            PublishError: Keys of the folder and of the model do not match.
+        """
+        import peft
+
+        self._base = base = self._base or models.load(self._config, self._labels)
+        head = base.model if isinstance(base.model, PooledClassifier) else None
+        carrier = base.model if head is None else head.backbone
+        with models.quiet():
+            model = peft.PeftModel.from_pretrained(carrier, str(folder))  # type: ignore[arg-type]
+        wanted = set(safetensors.torch.load_file(folder / "adapter_model.safetensors"))
+        found = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+        if wanted != found:
+            raise PublishError(f"{folder}: keys differ from what PEFT loads: {sorted(wanted ^ found)[:4]}")
+        try:
+            if head is None:
+                yield Base(model.eval(), base.tokenizer, base.path)
+            else:
+                saved = safetensors.torch.load_file(folder / "head.safetensors")
+                head.classifier.load_state_dict({name.removeprefix("classifier."): x for name, x in saved.items()})
+                head.backbone = model
+                yield Base(head.eval(), base.tokenizer, base.path)
+        finally:
+            plain: Any = model.unload()
+            if hasattr(plain, "peft_config"):
+                del plain.peft_config
+            if head is not None:
+                head.backbone = plain
 
 
 @torch.inference_mode()
@@ -180,11 +200,15 @@ def difference(published: Base, own: nn.Module, examples: list[Example]) -> floa
     return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
-def publish(folder: Path, config: Config, path: str, result: Result, own: nn.Module, examples: list[Example]) -> dict[str, Any]:
+def publish(folder: Path, config: Config, result: Result, own: Base, stock: Stock, examples: list[Example]) -> dict[str, Any]:
     """Writes the folder, reloads it over a base model fresh from disk, and compares with the run's model.
 
     Args:
+        folder: Replaced whole or not at all.
+        config: The run's.
+        result: What to write.
         own: The run's model, holding the result.
+        stock: Where to load the folder again.
         examples: Rows to compare on.
 
     Returns:
@@ -195,8 +219,9 @@ def publish(folder: Path, config: Config, path: str, result: Result, own: nn.Mod
     """
     from umbel.record import sha256
 
-    write(folder, config, path, result)
-    apart = difference(read(folder, config, len(result.labels)), own, examples)
+    write(folder, config, own.path, result)
+    with stock.loaded(folder) as published:
+        apart = difference(published, own.model, examples)
     # Merged products are rounded to the base weights' precision in the run, and are exact in the folder.
     allowed = {"float32": 1e-4, "bfloat16": 0.2}[config.model.dtype]
     if not apart <= allowed:
