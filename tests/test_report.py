@@ -444,3 +444,17 @@ def test_importing_the_report_imports_neither_torch_nor_matplotlib():
     code = f"import sys, umbel.report; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_scores_after_each_round_begin_with_the_first_and_end_with_the_last(tmp_path, width):
+    make_job(tmp_path)
+    job = report.read_job(tmp_path)
+    drawn = Console(width=width, record=True, file=io.StringIO())
+    drawn.print(report.by_round([job], width))
+    lines = drawn.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    told = next(row for row in report.rows([job]) if row["kind"] == "method")
+    line = next(line.split() for line in lines if line.startswith(told["label"]))
+    assert float(line[1]) == pytest.approx(told["scores"][0], abs=5e-4)
+    assert float(line[-1]) == pytest.approx(told["scores"][-1], abs=5e-4)

@@ -127,9 +127,9 @@ def check(
 
 def main() -> None:
     """Entry point of the `umbel` command."""
-    # Waiting threads that spin make training several times slower as soon as anything else runs on the machine; read
-    # when torch is first imported, and a user's own setting wins.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait make training several times slower as soon as anything else runs on the
+    # machine; a short spin costs nothing on a quiet one. Read when torch is first imported; a user's own setting wins.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app()
 
 
@@ -170,6 +170,8 @@ def _print_report(folders: list[Path], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.as_json(jobs)))
     else:
+        _console().print(report.by_round(jobs))
+        _console().print()
         _console().print(report.table(jobs))
 
 

@@ -1,6 +1,7 @@
 """The frozen base model and its tokenizer, loaded once per process."""
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -133,7 +134,8 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        # Some of its bars go to the terminal whatever the setting; failures come as exceptions, not there.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

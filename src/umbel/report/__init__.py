@@ -7,6 +7,6 @@ else, also while the run goes on. Imports neither torch nor transformers; matplo
 from umbel.report.closing import as_json, rows
 from umbel.report.jobs import Job, ReportError, Run, read_job
 from umbel.report.page import write_html
-from umbel.report.terminal import table
+from umbel.report.terminal import by_round, table
 
-__all__ = ["Job", "ReportError", "Run", "as_json", "read_job", "rows", "table", "write_html"]
+__all__ = ["Job", "ReportError", "Run", "as_json", "by_round", "read_job", "rows", "table", "write_html"]

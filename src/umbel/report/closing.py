@@ -75,6 +75,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "metric": first.metric,
         "lower_is_better": first.lower_is_better,
         "scores": scores,
+        "score_start": _mean([run.score(line) for run in runs for line in run.lines if line.get("phase") == "open"]),
         "score": _mean(last),
         "score_min": min(last) if entry.kind == "local" and last else None,
         "score_max": max(last) if entry.kind == "local" and last else None,

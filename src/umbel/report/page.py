@@ -75,7 +75,7 @@ def _facts(jobs: Sequence[Job]) -> str:
     runs = [run for job in jobs for run in (*job.methods, *([job.central] if job.central else []))]
     methods = [run for job in jobs for run in job.methods]
     ask: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("Model", lambda c: Path(str(c["model"]["name"])).name),
+        ("Model", lambda c: "/".join(Path(str(c["model"]["name"]).removeprefix("pkg:")).parts[-2:])),
         ("Adapter", lambda c: f"rank {c['lora']['r']}, α\N{NO-BREAK SPACE}{c['lora']['lora_alpha']:g}"),
         ("Split", lambda c: _split_words(c["split"])),
         ("Rounds", lambda c: c["rounds"]),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
-OPTIONAL = ("\nby round", "error\nmean", "exact\nmatch", "\nserver", "\novrhd")
+OPTIONAL = ("error\nmean", "exact\nmatch", "\nserver", "\novrhd")
 """Columns that go, in this order, where the terminal is too narrow for all."""
 
 LEGEND = (
@@ -57,7 +57,6 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
 def _columns(metric: str) -> list[Column]:
     """Returns (heading, row to text)."""
     return [
-        ("\nby round", lambda row: _by_round(row["scores"])),
         (f"\n{metric}", lambda row: words.score(row["score"])),
         ("exact\nmatch", lambda row: words.score(row["exact_match"])),
         ("own\ntest", lambda row: words.score(row["local_score"])),
@@ -87,10 +86,37 @@ def _length(text: str) -> int:
     return max(map(len, text.split("\n")))
 
 
-def _by_round(scores: list[float | None]) -> str:
-    """Returns the first scores."""
-    short = [words.MISSING if x is None else f"{x:.2f}" for x in scores]
-    return " ".join(short if len(short) <= 3 else [*short[:2], "…"])
+def by_round(jobs: Sequence[Job], width: int | None = None) -> "Table":
+    """Returns the table of scores after each round; where not all rounds fit, some between the first and the last.
+
+    Args:
+        jobs: What to show.
+        width: Characters to fill; None asks the terminal.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    told = rows(jobs)
+    name = max(map(len, ["after round", *(row["label"] for row in told)]))
+    length = max((len(row["scores"]) for row in told), default=0)
+    # Models that could do something before training (answers by likelihood, instructions) were scored then, too.
+    started = any(row["score_start"] is not None for row in told)
+    room = max(2, ((width or Console().width) - name) // 6 - started)
+    shown = sorted({round(i * (length - 1) / max(1, min(room, length) - 1)) for i in range(min(room, length))})
+    result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, header_style="bold")
+    result.add_column("after round", overflow="fold", max_width=name)
+    if started:
+        result.add_column("0", justify="right", no_wrap=True)
+    for i in shown:
+        result.add_column(str(i + 1), justify="right", no_wrap=True)
+    for row in told:
+        scores = [row["score_start"]] if started else []
+        scores += [row["scores"][i] if i < len(row["scores"]) else None for i in shown]
+        style = "dim" if row["kind"] != "method" else ""
+        result.add_row(Text(row["label"]), *(words.score(x) for x in scores), style=style)
+    return result
 
 
 def _state(row: dict[str, Any]) -> str:
