@@ -39,7 +39,7 @@ class Client:
         request = wire.decode(payload)
         header, kind = request.header, request.header["kind"]
         if kind == "open":
-            return wire.encode(wire.Message({"layers": LAYERS, "rows": self.rows}))
+            return wire.encode(wire.Message({"layers": LAYERS, "plain": {"head": [4]}, "rows": self.rows}))
         factors, merged, plain = self.take(request)
         weights = self.weights(factors, merged)
         reply, tensors = {"rows": self.rows, "seconds": {"fit": 0.25}}, {}
@@ -744,3 +744,45 @@ def test_a_run_that_is_done_asks_nobody_when_it_is_called_again(tmp_path):
     assert counting.calls == []
     assert ending(tmp_path) == before
     assert result.round == 3
+
+
+@pytest.mark.parametrize("said", [7, {"head": "4"}, {"head": [-1]}, {"head": [4, True]}])
+def test_nonsense_about_other_parameters_at_the_opening_refuses_that_client(said, tmp_path):
+    def lying(payload, inner):
+        message = wire.decode(inner(payload))
+        if wire.decode(payload).header["kind"] == "open":
+            message = wire.Message({**message.header, "plain": said}, message.tensors)
+        return wire.encode(message)
+
+    honest = {k: Client(k).answer for k in range(3)}
+    people = {**honest, 1: lambda payload: lying(payload, honest[1])}
+    record = Record(tmp_path)
+    federate(Local(people), Plan(load("fedit"), 1, [0, 1, 2], observe="never"), record)
+    assert [line["answered"] for line in record.lines()] == [[0, 2], [0, 2]]
+    assert record.lines()[0]["refused"][0]["client"] == 1
+
+
+def test_methods_of_one_job_ask_the_same_clients_in_the_same_training_round(tmp_path):
+    asked = {}
+    for name in ("fedit", "fed_sb"):
+        record = Record(tmp_path / name)
+        people = {k: Client(k).answer for k in range(5)}
+        federate(Local(people), Plan(load(name), 3, list(range(5)), seed=1, clients_per_round=2, observe="never"), record)
+        asked[name] = [line["asked"] for line in record.lines() if line["phase"] == "train"]
+    assert asked["fedit"] == asked["fed_sb"]
+    assert len({tuple(own) for own in asked["fedit"]}) > 1
+
+
+def test_a_client_cannot_gain_weight_after_the_opening(tmp_path):
+    def grown(payload, inner):
+        message = wire.decode(inner(payload))
+        if wire.decode(payload).header["kind"] == "train":
+            message = wire.Message({**message.header, "rows": message.header["rows"] * 10}, message.tensors)
+        return wire.encode(message)
+
+    honest = {k: Client(k).answer for k in range(3)}
+    people = {**honest, 2: lambda payload: grown(payload, honest[2])}
+    record = Record(tmp_path)
+    federate(Local(people), Plan(load("fedit"), 1, [0, 1, 2], observe="never"), record)
+    assert record.lines()[-1]["answered"] == [0, 1]
+    assert "at the opening it had" in record.lines()[-1]["refused"][0]["reason"]

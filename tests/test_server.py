@@ -139,7 +139,7 @@ def test_a_method_that_averages_refuses_another_rank_and_says_where_mixed_ranks_
         aggregator.add(4, 1, upload(1, sends, rank=2), {})
     if method == "fedit":
         assert str(caught.value) == (
-            "layer 'wide': client 4 sent factors of rank 2, others 3. fedit averages factors and needs one rank; "
+            "layer 'wide': client 4 sent factors of rank 2, others 3. fedit needs one rank; "
             "`umbel methods` lists those that take mixed ranks"
         )
     else:
@@ -205,12 +205,28 @@ def test_a_round_with_nobody_left_cannot_be_ended(method):
         aggregator.done()
 
 
+def test_a_client_of_another_rank_is_left_out_by_every_method_that_needs_one_rank():
+    for name in ("fedit", "flora_na"):
+        aggregator = Aggregator(load(name), server())
+        aggregator.add(0, 1, upload(0), {})
+        with pytest.raises(Refused, match=f"client 1 sent factors of rank 2, others 3. {name} "):
+            aggregator.add(1, 1, upload(1, rank=2), {})
+        assert aggregator.done().rank
+
+
 def test_what_a_method_refuses_ends_the_round_with_its_reason():
-    aggregator = Aggregator(load("flora_na"), server())
-    aggregator.add(0, 1, upload(0), {})
-    aggregator.add(1, 1, upload(1, rank=2), {})
-    with pytest.raises(ServerError, match="one rank is needed"):
+    """Fed-SB cannot start at a rank beyond its layer; only combine sees that."""
+    thin = {"thin": LayerShape(d_out=5, d_in=4, rank=5)}
+    aggregator = Aggregator(next(iter(load("fed_sb").plan(1))), Server(thin, 1))
+    aggregator.add(0, 1, {"thin": {"G": draw(5, 4)}}, {})
+    with pytest.raises(ServerError, match="got rank 5 on a weight of 5 × 4"):
         aggregator.done()
+
+
+def test_parameters_agreed_at_the_opening_cannot_be_changed_by_the_first_upload():
+    aggregator = Aggregator(load("fedit"), Server(SHAPES, 1, plain_shapes={}))
+    with pytest.raises(Refused, match="parameters that are not factors differ"):
+        aggregator.add(0, 1, upload(0), {"injected": draw(3)})
 
 
 # What a round gives

@@ -50,7 +50,9 @@ def run(
             try:
                 folder = running.resume(folder, listen) if table is None else running.run(table, folder, listen)
             except KeyboardInterrupt:
-                typer.echo(f"\nStopped. Finished rounds are kept; go on with: umbel run --resume {folder}", err=True)
+                kept = (folder / "job.toml").exists()
+                how = f"Finished rounds are kept; go on with: umbel run --resume {folder}" if kept else "Nothing had begun."
+                typer.echo(f"\nStopped. {how}", err=True)
                 raise typer.Exit(INTERRUPTED) from None
         page = report.write_html([report.read_job(folder)], folder / "report.html")
         _print_report([folder], as_json)
@@ -255,7 +257,8 @@ def _capability_table(found: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(
-        title="Methods, measured on invented clients and a 64 × 48 layer of rank 3; bytes are per layer, client and round",
+        title="Methods, measured on invented clients and a 64 × 48 layer of rank 3. Bytes are per layer, client and round; "
+        "server memory is the method's own (the aggregation error of methods that send A and B keeps their uploads besides)",
         title_justify="left",
         box=None,
     )

@@ -333,6 +333,16 @@ def check(config: Config) -> Config:
         (config.split.kind == "by" and not config.split.column, "split.column is missing: the column that names the client"),
         (config.task.kind == "instruction" and not config.task.response, "task.response is missing, e.g. '{answer}'"),
         (
+            config.model.dtype == "bfloat16" and config.task.kind == "classification",
+            "model.dtype = 'bfloat16' would train the head in bfloat16, too, and lose small steps; "
+            "keep 'float32', and training.bf16 = true for speed",
+        ),
+        (
+            bool(config.task.answer) != bool(config.task.exact_match_rows),
+            f"task.answer = {config.task.answer!r} and task.exact_match_rows = {config.task.exact_match_rows}: "
+            "give both for exact match, or neither",
+        ),
+        (
             config.model.pooling == "mean" and config.task.kind != "classification",
             f"model.pooling = 'mean' is for task.kind = 'classification', got {config.task.kind!r}",
         ),

@@ -16,6 +16,12 @@ from umbel.record import Record
 from umbel.server import MOST_ROWS, OBSERVER, Aggregated, Aggregator, LayerShape, Refused, Server, ServerError
 
 Progress = Callable[[dict[str, Any]], None]
+Schema = dict[str, LayerShape | tuple[int, ...]]
+"""What clients must agree on: layers by name, and the shapes of other parameters under "plain|<name>"."""
+
+MOST_OPENING_BYTES = 16 * 2**20
+"""Of a reply to the opening, which holds names and numbers only."""
+
 STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
 
 
@@ -97,7 +103,8 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
     else:
         header, tensors, _ = restored
         layers = {name: LayerShape(*shape) for name, shape in header["layers"].items()}
-        server, rows = Server(layers, plan.seed, plan.dtype), {int(k): n for k, n in header["rows"].items()}
+        plain = {name: tuple(shape) for name, shape in header["plain"].items()}
+        server, rows = Server(layers, plan.seed, plan.dtype, plain), {int(k): n for k, n in header["rows"].items()}
         server.restore(header, tensors)
     committing = 0.0
     for index in range(server.round, len(phases)):
@@ -110,7 +117,7 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
     began = time.perf_counter()
     heard = _Heard()
     payload = wire.encode(wire.Message({"kind": "open"}))
-    said: dict[int, dict[str, LayerShape]] = {}
+    said: dict[int, Schema] = {}
     rows: dict[int, int] = {}
     for reply in _in_order(engine.ask(_counted(plan.clients, lambda _: payload, heard)), plan.clients):
         message = _read(reply, heard)
@@ -118,19 +125,21 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
             continue
         try:
             rows[reply.client] = _rows(reply.client, message.header)
-            said[reply.client] = _layers(reply.client, message.header)
+            said[reply.client] = _schema(reply.client, message.header)
         except Refused as error:
             heard.refuse(reply.client, str(error))
     if not said:
         raise ServerError(f"no client answered the opening ({heard.reasons()})")
-    layers = _majority(said)
+    agreed = _majority(said)
     for client, own in said.items():
-        if own == layers:
+        if own == agreed:
             heard.answered.append(client)
         else:
-            heard.refuse(client, _difference(client, own, layers))
+            heard.refuse(client, _difference(client, own, agreed))
     rows = {client: rows[client] for client in heard.answered}
-    server = Server(layers, plan.seed, plan.dtype)
+    layers = {name: shape for name, shape in agreed.items() if isinstance(shape, LayerShape)}
+    plain = {name.removeprefix("plain|"): x for name, x in agreed.items() if not isinstance(x, LayerShape)}
+    server = Server(layers, plan.seed, plan.dtype, plain)
     scores = _observe(engine, server, True, heard) if plan.observe_start else None
     line = _line(0, "open", 0, plan.clients, heard, None, scores, began)
     _commit(record, server, rows, line)
@@ -144,17 +153,25 @@ def _rows(client: int, header: Mapping[str, Any]) -> int:
     return rows
 
 
-def _layers(client: int, header: Mapping[str, Any]) -> dict[str, LayerShape]:
+def _schema(client: int, header: Mapping[str, Any]) -> Schema:
+    """Reads what a client says of its layers, and, named "plain|…", of its parameters that are not factors."""
     layers = header.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise Refused(f"client {client} says its layers are {layers!r:.80}, allowed: one or more with (d_out, d_in, rank)")
     for name, shape in layers.items():
         if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n < 2**31 for n in shape):
             raise Refused(f"layer {name!r}: client {client} says {shape!r:.80}, allowed: d_out, d_in and rank, 1 or more each")
-    return {name: LayerShape(*shape) for name, shape in layers.items()}
+    plain = header.get("plain", {})
+    if not isinstance(plain, dict):
+        raise Refused(f"client {client} says its other parameters are {plain!r:.80}, allowed: names with shapes")
+    for name, shape in plain.items():
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+            raise Refused(f"parameter {name!r}: client {client} says {shape!r:.80}, allowed: a list of sizes")
+    others = {f"plain|{name}": tuple(shape) for name, shape in plain.items()}
+    return {**{name: LayerShape(*shape) for name, shape in layers.items()}, **others}
 
 
-def _majority(said: Mapping[int, dict[str, LayerShape]]) -> dict[str, LayerShape]:
+def _majority(said: Mapping[int, Schema]) -> Schema:
     """Returns the layers that most clients have, in the order in which the first of them names them."""
     (most, count), *others = Counter(frozenset(layers.items()) for layers in said.values()).most_common(2)
     agreed = next(layers for layers in said.values() if frozenset(layers.items()) == most)
@@ -164,7 +181,7 @@ def _majority(said: Mapping[int, dict[str, LayerShape]]) -> dict[str, LayerShape
     return agreed
 
 
-def _difference(client: int, own: Mapping[str, LayerShape], others: Mapping[str, LayerShape]) -> str:
+def _difference(client: int, own: Schema, others: Schema) -> str:
     name = next(name for name in {**others, **own} if own.get(name) != others.get(name))
     return (
         f"layer {name!r}: client {client} has {own.get(name)}, others {others.get(name)}. "
@@ -187,7 +204,7 @@ def _round(
     began = time.perf_counter() - committing
     phase = phases[index]
     train_round = sum(1 for earlier in phases[: index + 1] if earlier.trains)
-    asked = _choose(plan, sorted(rows), index) if phase.trains else sorted(rows)
+    asked = _choose(plan, sorted(rows), train_round) if phase.trains else sorted(rows)
     heard = _Heard()
     heard.seconds["record"] = committing
     if phase.sends:
@@ -199,7 +216,7 @@ def _round(
             return _request(server, phase, client, index, train_round, plan, share)
 
         for reply in _in_order(engine.ask(_counted(asked, request, heard)), asked):
-            _fold(reply, aggregator, heard)
+            _fold(reply, aggregator, heard, rows[reply.client])
             progress(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
                 | {"client": reply.client, "answered": len(heard.replies)}
@@ -279,7 +296,7 @@ def _in_order(replies: Iterable[Reply], asked: list[int]) -> Iterator[Reply]:
         yield waiting.get(client, Reply(client, None, "no reply"))
 
 
-def _read(reply: Reply, heard: _Heard) -> wire.Message | None:
+def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> wire.Message | None:
     """Decodes a reply and notes its header; a failure is noted as a refusal."""
     if reply.payload is None:
         heard.refuse(reply.client, reply.reason)
@@ -287,7 +304,7 @@ def _read(reply: Reply, heard: _Heard) -> wire.Message | None:
     started = time.perf_counter()
     heard.bytes_up[str(reply.client)] = len(reply.payload)
     try:
-        message = wire.decode(reply.payload)
+        message = wire.decode(reply.payload, most_bytes)
     except wire.WireError as error:
         heard.refuse(reply.client, str(error))
         return None
@@ -297,14 +314,17 @@ def _read(reply: Reply, heard: _Heard) -> wire.Message | None:
     return message
 
 
-def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard) -> None:
-    message = _read(reply, heard)
+def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int) -> None:
+    """Folds one reply in, or notes why not; `known` is how many rows the client said it has when the run was opened."""
+    message = _read(reply, heard, aggregator.most_bytes())
     if message is None:
         return
     started = time.perf_counter()
     try:
         factors = wire.unpack_factors(message.tensors)
         weight = _rows(reply.client, message.header)
+        if weight > known or (aggregator.phase.trains and weight != known):
+            raise Refused(f"client {reply.client} says it has {weight} rows, at the opening it had {known}")
         aggregator.add(reply.client, weight, factors, wire.unpack_plain(message.tensors))
         heard.answered.append(reply.client)
     except (Refused, wire.WireError) as error:
@@ -388,6 +408,7 @@ def _commit(record: Record, server: Server, rows: Mapping[int, int], line: dict[
     started = time.perf_counter()
     header, tensors = server.state()
     header["layers"] = {name: [s.d_out, s.d_in, s.rank] for name, s in server.layers.items()}
+    header["plain"] = {name: list(shape) for name, shape in (server.plain_shapes or {}).items()}
     header["rows"] = {str(client): n for client, n in rows.items()}
     record.commit(header, tensors, line)
     return time.perf_counter() - started

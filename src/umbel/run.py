@@ -4,12 +4,13 @@ A job is one or several methods over the same clients, rows, seeds and steps, wi
 `central` (all rows in one place) and `local` (every client on its own). Both are federations of one client.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
+import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,8 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
         listen({"event": "stage", "text": "reading data"})
         dataset = data.load(shared)
         manifest = dataset.manifest()
+        fingerprint = model.fingerprint(shared)
+        _check_same(folder, table, manifest, fingerprint)
         # Only now is there something to resume.
         write_file(folder / "job.toml", tomli_w.dumps(table).encode())
         write_json(folder / "split.json", manifest)
@@ -89,7 +92,7 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
         base = model.load(shared, len(dataset.labels))
         train, test = client.tokens(shared, base, dataset)
         stock = publish.Stock(shared, len(dataset.labels))
-        facts = _facts(manifest, model.fingerprint(shared), shared)
+        facts = _facts(manifest, fingerprint, shared)
         for index, member in enumerate(members):
             listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
             own = _pooled(dataset) if member.role == "central" else dataset
@@ -107,6 +110,30 @@ def resume(folder: Path, listen: Listener = lambda event: None) -> Path:
         if (place / "job.toml").exists():
             return run(configuration.read(place / "job.toml"), place, listen)
     raise RecordError(f"{folder} holds no job.toml, so there is nothing to resume; give a folder that `umbel run` made")
+
+
+def _check_same(folder: Path, table: dict[str, Any], manifest: dict[str, Any], fingerprint: str) -> None:
+    """Refuses to go on in a folder whose job had another configuration, other rows or another model."""
+    if not (folder / "job.toml").exists():
+        return
+    before = configuration.read(folder / "job.toml")
+    if before != tomllib.loads(tomli_w.dumps(table)):
+        raise RecordError(f"{folder} holds a job with another configuration; give another folder, or resume it as it is")
+    hashes = (
+        json.loads((folder / "split.json").read_text(encoding="utf-8"))["hashes"] if (folder / "split.json").exists() else {}
+    )
+    for name, value in hashes.items():
+        if manifest["hashes"].get(name) != value:
+            got = str(manifest["hashes"].get(name))
+            raise RecordError(
+                f"{folder}: the {name} rows have changed (sha256 {value[:12]}… then, {got[:12]}… now); start a new job"
+            )
+    for info in folder.glob("**/run.json"):
+        known = json.loads(info.read_text(encoding="utf-8"))["model"]["sha256"]
+        if known != fingerprint:
+            raise RecordError(
+                f"{folder}: the base model has changed ({known[:12]}… then, {fingerprint[:12]}… now); start a new job"
+            )
 
 
 def _shared(configs: dict[str, Config]) -> Config:
@@ -127,11 +154,12 @@ def _members(configs: dict[str, Config], shared: Config, clients: int) -> list[M
     single = len(configs) == 1
     result = [Member(label, "." if single else label, config, everyone, "method") for label, config in configs.items()]
     # The baselines train the usual A and B, with the first method's options of LoRA and training.
-    plain = replace(shared, method=MethodChoice("fedit"), server=replace(shared.server, clients_per_round=0))
+    server = replace(shared.server, clients_per_round=0)
+    plain = replace(shared, method=MethodChoice("fedit"), server=server, wire=configuration.Wire())
     training = shared.training
     if training.max_steps > 0:
-        # As many rows as all clients together see.
-        training = replace(training, max_steps=training.max_steps * clients)
+        # As many rows as all the clients of a round together see.
+        training = replace(training, max_steps=training.max_steps * (shared.server.clients_per_round or clients))
     central = replace(plain, training=replace(training, optimizer_state="keep"))
     result.append(Member("central", "central", central, [0], "central"))
     result += [Member(f"local {k}", f"local/client-{k}", plain, [k], "local") for k in everyone]
@@ -173,7 +201,8 @@ def _run_member(
     config = member.config
     info = {"label": member.label, "role": member.role, "clients": len(member.clients), **facts}
     record.start(configuration.to_table(config), {**info, **_identity(config)})
-    adapter = Adapter(base.model, config.lora, config.task.kind, config.seed)
+    began, before = time.perf_counter(), len(record.lines())
+    adapter = Adapter(base.model, config.lora, base.heads, config.seed)
     try:
         resident = Resident(config, base, adapter, dataset, train, test)
         resident.on_step = lambda number, step, steps: listen({"event": "step", "client": number, "step": step, "steps": steps})
@@ -186,10 +215,12 @@ def _run_member(
             adapter.apply(server.owed[-1], server.plain, own_rank=False)
             rows = sum(owner in member.clients for owner in dataset.owner_train)
             result = publish.Result(server.model(), server.plain, dataset.labels, rows)
-            own = model.Base(adapter.model, base.tokenizer, base.path)
+            own = model.Base(adapter.model, base.tokenizer, base.path, base.heads)
             published = publish.publish(folder / "adapter", config, result, own, stock, test[:8])
-        seconds = sum(line["seconds"]["total"] for line in record.lines())
-        record.update(state="done", finished=now(), adapter=published, seconds=seconds)
+        totals = [line["seconds"]["total"] for line in record.lines()]
+        # Wrapping the model, writing the adapter and reading it back belong to the run, too.
+        outside = max(0.0, time.perf_counter() - began - sum(totals[before:]))
+        record.update(state="done", finished=now(), adapter=published, seconds=sum(totals) + outside)
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.update(state=state, error=f"{type(error).__name__}: {error}")
@@ -225,14 +256,13 @@ def _facts(manifest: dict[str, Any], fingerprint: str, config: Config) -> dict[s
     """Returns the provenance that all runs of a job share."""
     from umbel.client.evaluate import metric
 
-    split = hashlib.sha256(json.dumps(manifest["rows"], sort_keys=True).encode()).hexdigest()
     return {
         "umbel": __version__,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": _machine(),
         "model": {"name": config.model.name, "sha256": fingerprint},
-        "data": {**manifest["hashes"], "split": split},
+        "data": manifest["hashes"],
         "metric": metric(config),
         "adapter": None,
     }
@@ -265,9 +295,9 @@ def _machine() -> dict[str, Any]:
 
 
 def free_folder(wanted: Path) -> Path:
-    """Returns `wanted`, or with -2, -3 … where it exists."""
+    """Returns `wanted`, or with -2, -3 … where it holds a job."""
     folder, number = wanted, 1
-    while folder.exists() and any(folder.iterdir()):
+    while (folder / "job.toml").exists():
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder

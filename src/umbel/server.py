@@ -1,5 +1,6 @@
 """The server's arithmetic: what all clients hold, what each is owed, and one round's folding. Knows no transport."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,10 +79,18 @@ class Server:
         layers: Shape of every adapted weight.
         seed: The run's.
         dtype: The wire's; the server holds what the clients hold after rounding.
+        plain_shapes: Shapes of the parameters that are not factors, as agreed at the opening; None takes the first upload's.
     """
 
-    def __init__(self, layers: Mapping[str, LayerShape], seed: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LayerShape],
+        seed: int,
+        dtype: str = "float32",
+        plain_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.layers = dict(layers)
+        self.plain_shapes = None if plain_shapes is None else dict(plain_shapes)
         self.seed = seed
         self.dtype = dtype
         self.round = 0
@@ -179,6 +188,7 @@ class Aggregator:
     def __post_init__(self) -> None:
         self._collectors = {layer: self.phase.collect() for layer in self.server.layers}
         self._plain = Mean()
+        self._plain_shapes = {name: tuple(x.shape) for name, x in self.server.plain.items()} or None
         # ΔW is linear in a factor that is sent alone, so its mean gives Σ p_k ΔW_k; with two, every product is needed.
         self._alone = len(self.phase.sends) == 1
         ideal = Mean if self._alone else Stack
@@ -211,6 +221,15 @@ class Aggregator:
             self._plain.add(dict(plain), weight)
         self.folded.append(client)
 
+    def most_bytes(self) -> int:
+        """Returns how long an honest upload can be: every factor at its largest, and a mebibyte for names and header."""
+        numbers = sum(math.prod(shape) for shape in (self.server.plain_shapes or {}).values())
+        for shape in self.server.layers.values():
+            rank = shape.rank if not issubclass(self.phase.collect, Stack) else max(shape.d_in, shape.d_out)
+            sizes = {"A": rank * shape.d_in, "B": rank * shape.d_out, "R": rank * rank, "G": shape.d_in * shape.d_out}
+            numbers += sum(sizes.get(name, 0) for name in self.phase.sends)
+        return 4 * numbers + 2**20 + 400 * len(self.server.layers)
+
     def _check(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
         if not 0 < weight <= MOST_ROWS:
             raise Refused(f"client {client} says it has {weight} rows, allowed: more than 0, at most {MOST_ROWS:.0e}")
@@ -226,15 +245,14 @@ class Aggregator:
             for name, x in own.items():
                 if not _sound(x):
                     raise Refused(f"layer {layer!r}: client {client} sent {name} with {_UNSOUND}")
-        known = {name: x.shape for name, x in self.server.plain.items()} or self._plain_shapes
+        known = self.server.plain_shapes if self.server.plain_shapes is not None else self._plain_shapes
+        sent = {name: tuple(x.shape) for name, x in plain.items()}
         for name, x in plain.items():
             if not _sound(x):
                 raise Refused(f"parameter {name!r}: client {client} sent {_UNSOUND}")
-        if known is not None and {name: x.shape for name, x in plain.items()} != known:
+        if (known is not None and sent != known) if self.phase.trains else sent:
             raise Refused(f"client {client}: parameters that are not factors differ from the others' in name or shape")
-        self._plain_shapes = {name: x.shape for name, x in plain.items()}
-
-    _plain_shapes: dict[str, torch.Size] | None = None
+        self._plain_shapes = sent
 
     def _check_shapes(self, client: int, layer: str, own: Factors) -> None:
         shape = self.server.layers[layer]
@@ -242,10 +260,10 @@ class Aggregator:
         rank = own["A"].shape[0] if "A" in own and own["A"].ndim == 2 else shape.rank
         if "B" in own and "A" not in own and own["B"].ndim == 2:
             rank = own["B"].shape[1]
-        if rank != shape.rank and issubclass(self.phase.collect, Mean):
+        if rank != shape.rank and not issubclass(self.phase.collect, Stack):
             name = type(self.phase).__module__.rpartition(".")[2]
             raise Refused(
-                f"{where} sent factors of rank {rank}, others {shape.rank}. {name} averages factors and needs one rank; "
+                f"{where} sent factors of rank {rank}, others {shape.rank}. {name} needs one rank; "
                 "`umbel methods` lists those that take mixed ranks"
             )
         if not 1 <= rank <= max(shape.d_in, shape.d_out):

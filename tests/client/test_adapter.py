@@ -27,7 +27,7 @@ LORAS: dict[str, dict[str, Any]] = {
 def make(kind: str, folder: Path, **lora: Any) -> tuple[Adapter, torch.nn.Module]:
     cls, build, targets = SHAPES[kind]
     base = cls.from_pretrained(str(build(folder)))
-    return Adapter(base, Lora(target_modules=targets, **lora), "choice", seed=1), base
+    return Adapter(base, Lora(target_modules=targets, **lora), [], seed=1), base
 
 
 def outputs(adapter: Adapter) -> torch.Tensor:
@@ -208,4 +208,4 @@ def test_a_pattern_that_matches_no_layer_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_target_module_is_refused_with_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no linear layer 'q_proj'.*query"):
-        Adapter(AutoModel.from_pretrained(str(tiny.bert(tmp_path))), Lora(target_modules=["q_proj"]), "choice", 0)
+        Adapter(AutoModel.from_pretrained(str(tiny.bert(tmp_path))), Lora(target_modules=["q_proj"]), [], 0)

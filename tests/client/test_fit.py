@@ -22,7 +22,7 @@ def examples(rows: int = 10) -> list[Example]:
 def adapter(folder: Path, dropout: float = 0.0) -> Adapter:
     base = AutoModelForCausalLM.from_pretrained(str(tiny.llama(folder)))
     base.requires_grad_(False)
-    return Adapter(base, Lora(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], lora_dropout=dropout), "choice", 1)
+    return Adapter(base, Lora(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], lora_dropout=dropout), [], 1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -121,7 +121,7 @@ def test_the_first_gradient_is_the_mean_over_rows_in_the_orientation_of_the_wire
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    own = Adapter(base, Lora(r=3, target_modules=targets), "choice", 1)
+    own = Adapter(base, Lora(r=3, target_modules=targets), [], 1)
     rows = [Example([5, 6, 7, 8], [-100, -100, 7, 8]), Example([9, 5, 4, 6], [-100, -100, 4, 6])] * 2
     got = fit.gradient(own, rows, Training(per_device_train_batch_size=3), 0, seed=4, samples=4)
     weights = own.frozen_weights()

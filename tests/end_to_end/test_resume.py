@@ -59,8 +59,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path)
     seed = random.randrange(10**6)
     draw = random.Random(seed)
     kills = 0
-    for attempt in range(8):
-        arguments = [config, "--out", broken] if attempt == 0 else ["--resume", broken]
+    for _ in range(8):
+        arguments = ["--resume", broken] if (broken / "job.toml").exists() else [config, "--out", broken]
         process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         # Moments count from the first sign of work, since most of the time goes into imports.
@@ -72,8 +72,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path)
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        if not (broken / "job.toml").exists():
-            continue
     finish("--resume", broken)
     assert kills >= 4, f"seed {seed}: the run was too quick to be killed often"
     assert fingerprints(broken) == fingerprints(tmp_path / "whole"), f"seed {seed}, {kills} kills"

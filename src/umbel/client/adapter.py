@@ -5,7 +5,7 @@ Outside this file factors are in units of ΔW (α/r multiplied into B, or into R
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,11 @@ class Adapter:
     Args:
         base: The model; it is wrapped in place and given back by `remove`.
         lora: PEFT's options.
-        task: "classification" also trains the head.
+        heads: Modules that are new with the task and are trained whole, such as a classifier.
         seed: The run's.
     """
 
-    def __init__(self, base: nn.Module, lora: Lora, task: str, seed: int) -> None:
+    def __init__(self, base: nn.Module, lora: Lora, heads: Sequence[str], seed: int) -> None:
         import peft
 
         self._check_targets(base, lora)
@@ -48,12 +48,12 @@ class Adapter:
             r=lora.r,
             lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT says int and takes float
             lora_dropout=lora.lora_dropout,
-            target_modules=list(lora.target_modules),
+            target_modules="all-linear" if "all-linear" in lora.target_modules else list(lora.target_modules),
             use_rslora=lora.use_rslora,
             rank_pattern=dict(lora.rank_pattern),
             alpha_pattern=dict(lora.alpha_pattern),
             fan_in_fan_out=_has_conv1d(base),
-            modules_to_save=_heads(base) if task == "classification" else None,
+            modules_to_save=list(heads) or None,
         )
         with warnings.catch_warnings():
             # PEFT asks Transformers for names that are about to change; nothing a user could act on.
@@ -277,7 +277,8 @@ class Adapter:
 
 def public_name(name: str) -> str:
     """Returns a module's or parameter's name as the stock model has it, without PEFT's and our own wrappers."""
-    name = name.removeprefix("base_model.model.").removeprefix("backbone.")
+    # Our head wraps the encoder inside PEFT in a run, and PEFT inside it when a result is read back.
+    name = name.removeprefix("backbone.").removeprefix("base_model.model.").removeprefix("backbone.")
     return name.replace(f".modules_to_save.{NAME}", "")
 
 
@@ -322,11 +323,3 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _has_conv1d(model: nn.Module) -> bool:
     return any(_is_conv1d(module) for module in model.modules())
-
-
-def _heads(model: nn.Module) -> list[str]:
-    """Returns the names of the classification head's modules, as PEFT's `modules_to_save` takes them."""
-    heads = [name for name, _ in model.named_children() if name in ("classifier", "score")]
-    if not heads:
-        raise ConfigError(f"{type(model).__name__} has no classification head named 'classifier' or 'score'")
-    return heads

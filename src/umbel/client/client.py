@@ -102,6 +102,10 @@ class Client:
         kind = request.header["kind"]
         if kind == "open":
             return wire.encode(wire.Message(self._open()))
+        for key in ("has", "keep"):
+            # They name files.
+            if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
+                raise wire.WireError(f"{key!r} is {request.header.get(key)!r:.80}, allowed: a number of rounds, or −1")
         optimizer = self._take(request)
         if kind == "observe":
             header, tensors = self._observe(request.header)
@@ -124,13 +128,14 @@ class Client:
 
     def _open(self) -> Answer:
         layers = {name: [s.d_out, s.d_in, s.rank] for name, s in self.resident.adapter.layers.items()}
-        return {"layers": layers, "rows": len(self._mine())}
+        plain = {name: list(p.shape) for name, p in self.resident.adapter.plain_parameters.items()}
+        return {"layers": layers, "plain": plain, "rows": len(self._mine())}
 
     def _take(self, request: wire.Message) -> dict[str, Tensor]:
         """Puts this client on the model: its own state, then what it is owed. Returns its optimizer's state."""
         adapter, optimizer = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
-            has = int(request.header["has"])
+            has = request.header["has"]
             if has < 0:
                 adapter.restart(self.resident.config.seed)
             else:

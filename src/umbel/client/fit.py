@@ -65,6 +65,11 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor], bf16: bool) -> Tensor
     return nn.functional.cross_entropy(logits[:, :-1][wanted].float(), target[wanted])
 
 
+def _targets(labels: Tensor) -> int:
+    """Returns how many rows, or response tokens, a loss is the mean over."""
+    return labels.shape[0] if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
+
+
 def batches(examples: list[Example], size: int, generator: torch.Generator) -> Iterator[list[Example]]:
     """Yields batches for ever, in passes over shuffled examples; a pass's short rest is filled from the next."""
     waiting: list[Example] = []
@@ -116,10 +121,13 @@ def fit(
             factor = learning_rate_factor(training, (train_round - 1) * steps + step, rounds * steps)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
+            parts = [collate(next(stream), pad_id) for _ in range(training.gradient_accumulation_steps)]
+            # Weighted by what each part's mean is over, so that parts count as the one batch that they are.
+            counts = [_targets(part["labels"]) for part in parts]
             total = 0.0
-            for _ in range(training.gradient_accumulation_steps):
-                batch = {key: x.to(device) for key, x in collate(next(stream), pad_id).items()}
-                loss = loss_of(adapter.model, batch, training.bf16) / training.gradient_accumulation_steps
+            for part, count in zip(parts, counts):
+                batch = {key: x.to(device) for key, x in part.items()}
+                loss = loss_of(adapter.model, batch, training.bf16) * (count / sum(counts))
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):

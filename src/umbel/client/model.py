@@ -51,11 +51,13 @@ class Base:
         model: The frozen model, with a fresh head where the task has one.
         tokenizer: Its tokenizer, with a padding token.
         path: Where it was loaded from: a folder or a hub name.
+        heads: Modules that the checkpoint does not have: new with the task, to be trained whole.
     """
 
     model: nn.Module
     tokenizer: Any
     path: str
+    heads: list[str]
 
 
 def source(model: configuration.Model) -> str:
@@ -64,12 +66,13 @@ def source(model: configuration.Model) -> str:
     return str(found) if found is not None else model.name
 
 
-def load(config: Config, labels: int) -> Base:
-    """Loads model and tokenizer; a new head's weights come from the run's seed.
+def load(config: Config, labels: int, seed: int | None = None) -> Base:
+    """Loads model and tokenizer; a new head's weights come from the seed.
 
     Args:
         config: The run's.
         labels: Classes of the head (classification).
+        seed: The run's if not given.
 
     Raises:
         ConfigError: There is no such model.
@@ -84,9 +87,9 @@ def load(config: Config, labels: int) -> Base:
         where["revision"] = config.model.revision
     try:
         with quiet(), torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.seed if seed is None else seed)
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
-            model = _model(config, path, labels, where)
+            model, heads = _model(config, path, labels, where)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name = {config.model.name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
@@ -100,19 +103,27 @@ def load(config: Config, labels: int) -> Base:
             del model.config.quantization_config
     model.requires_grad_(False)
     model.eval()
-    return Base(model, tokenizer, path)
+    return Base(model, tokenizer, path, heads)
 
 
-def _model(config: Config, path: str, labels: int, where: dict[str, Any]) -> Any:
+def _model(config: Config, path: str, labels: int, where: dict[str, Any]) -> tuple[Any, list[str]]:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    dtype = DTYPES[config.model.dtype]
+    options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype], "output_loading_info": True, **where}
     if config.task.kind != "classification":
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where)
+        causal: Any = AutoModelForCausalLM
+        model, info = causal.from_pretrained(path, **options)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ConfigError(f"model.name = {config.model.name!r} is no causal language model: it has no {missing} …")
+        return model, []
     if config.model.pooling == "mean":
-        model = PooledClassifier(AutoModel.from_pretrained(path, dtype=dtype, **where), labels)
-        return model.to(dtype)
-    return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=labels, **where)
+        backbone, _ = AutoModel.from_pretrained(path, **options)
+        return PooledClassifier(backbone, labels), ["classifier"]
+    model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels, **options)
+    # Also what stands between encoder and classifier in some architectures: left random, it would not be in the result.
+    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    return model, sorted({key.rpartition(".")[0] for key in new})
 
 
 def fingerprint(config: Config) -> str:

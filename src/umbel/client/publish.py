@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from umbel import __version__, algebra
 from umbel.client import model as models
+from umbel.client.adapter import public_name
 from umbel.client.data import Example, collate
 from umbel.client.model import Base, PooledClassifier
 from umbel.config import Config
@@ -69,7 +70,7 @@ def write(folder: Path, config: Config, path: str, result: Result) -> None:
         base_model_name_or_path=path,
         revision=config.model.revision or None,
         inference_mode=True,
-        modules_to_save=sorted({name.partition(".")[0] for name in result.plain}) if stock_head else None,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in result.plain}) if stock_head else None,
     )
     tensors: dict[str, Tensor] = {}
     for layer, (B, A) in factors.items():
@@ -161,7 +162,8 @@ class Stock:
         """
         import peft
 
-        self._base = base = self._base or models.load(self._config, self._labels)
+        # Another seed: what the folder lacks must not come out right because it was drawn alike.
+        self._base = base = self._base or models.load(self._config, self._labels, seed=self._config.seed + 1)
         head = base.model if isinstance(base.model, PooledClassifier) else None
         carrier = base.model if head is None else head.backbone
         with models.quiet():
@@ -172,12 +174,12 @@ class Stock:
             raise PublishError(f"{folder}: keys differ from what PEFT loads: {sorted(wanted ^ found)[:4]}")
         try:
             if head is None:
-                yield Base(model.eval(), base.tokenizer, base.path)
+                yield Base(model.eval(), base.tokenizer, base.path, base.heads)
             else:
                 saved = safetensors.torch.load_file(folder / "head.safetensors")
                 head.classifier.load_state_dict({name.removeprefix("classifier."): x for name, x in saved.items()})
                 head.backbone = model
-                yield Base(head.eval(), base.tokenizer, base.path)
+                yield Base(head.eval(), base.tokenizer, base.path, base.heads)
         finally:
             plain: Any = model.unload()
             if hasattr(plain, "peft_config"):
@@ -198,6 +200,15 @@ def difference(published: Base, own: nn.Module, examples: list[Example]) -> floa
         mask = batch["attention_mask"].bool()
         wanted, got = wanted[mask], got[mask]
     return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def _factor_errors(model: nn.Module, product: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[float]:
+    """Yields per layer the relative distance of what PEFT loaded from what was learned."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            layer: Any = module
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            yield algebra.relative_error((B.detach() * layer.scaling["default"], A.detach()), product[public_name(name)])
 
 
 def publish(folder: Path, config: Config, result: Result, own: Base, stock: Stock, examples: list[Example]) -> dict[str, Any]:
@@ -221,15 +232,21 @@ def publish(folder: Path, config: Config, result: Result, own: Base, stock: Stoc
 
     write(folder, config, own.path, result)
     with stock.loaded(folder) as published:
+        factors = max(_factor_errors(published.model, result.product))
         apart = difference(published, own.model, examples)
     # Merged products are rounded to the base weights' precision in the run, and are exact in the folder.
     allowed = {"float32": 1e-4, "bfloat16": 0.2}[config.model.dtype]
     if not apart <= allowed:
         raise PublishError(f"{folder}: reloaded with plain PEFT, logits differ by {apart:.2e} (relative), allowed: {allowed}")
+    if not factors <= 1e-5:
+        raise PublishError(
+            f"{folder}: reloaded with plain PEFT, a layer's ΔW differs by {factors:.2e} (relative), allowed: 1e-5"
+        )
     ranks = [B.shape[1] for B, _ in result.product.values()]
     return {
         "sha256": sha256(folder / "adapter_model.safetensors"),
         "reload_max_difference": apart,
+        "reload_factor_error": factors,
         "reload_rows": len(examples),
         "largest_rank": max(ranks),
     }

@@ -63,6 +63,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     layers = [list(by_layer.values()) for _, by_layer in errors(first)] if federated else []
     seconds = [run.seconds() for run in runs]
     total, fit, evaluate = (sum(x.get(stage, 0.0) for x in seconds) for stage in ("total", "fit", "evaluate"))
+    wall = sum(run.info.get("seconds") or x["total"] for run, x in zip(runs, seconds))
     return {
         "label": entry.label,
         "kind": entry.kind,
@@ -91,8 +92,8 @@ def _row(entry: Entry) -> dict[str, Any]:
         "bytes_up": first.bytes_per_client("bytes_up")[-1] if federated and first.lines else None,
         "bytes_down": first.bytes_per_client("bytes_down")[-1] if federated and first.lines else None,
         "server_seconds": sum(x.get("server", 0.0) for x in seconds) if first.lines else None,
-        "wall_seconds": sum(run.info.get("seconds") or x["total"] for run, x in zip(runs, seconds)) if first.lines else None,
-        "overhead": 1 - (fit + evaluate) / total if total > 0 else None,
+        "wall_seconds": wall if first.lines else None,
+        "overhead": 1 - (fit + evaluate) / max(total, wall) if total > 0 else None,
     }
 
 
