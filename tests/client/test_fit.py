@@ -53,6 +53,27 @@ def test_gradient_accumulation_equals_one_large_batch_of_equal_rows(tmp_path: Pa
             torch.testing.assert_close(x, results[1][layer][name], atol=1e-6, rtol=1e-4)
 
 
+def test_gradient_accumulation_weighs_every_response_token_alike(tmp_path: Path) -> None:
+    """Rows of unequal length: two batches of one are the one batch of two, whose loss is a mean over all its tokens."""
+    rows = [Example([5, 6, 7, 8, 9, 4, 6], [-100, -100, 7, 8, 9, 4, 6]), Example([9, 5, 4], [-100, -100, 4])]
+    results = []
+    for size, accumulated in ((2, 1), (1, 2)):
+        own = adapter(tmp_path)
+        training = Training(
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            max_steps=2,
+            learning_rate=1e-1,
+            optim="sgd",
+            max_grad_norm=0,
+        )
+        fit.fit(own, ("A", "B"), rows, training, 0, 1, 1, 1, {}, lambda *_: None)
+        results.append(own.read())
+    for layer, factors in results[0].items():
+        for name, x in factors.items():
+            torch.testing.assert_close(x, results[1][layer][name], atol=1e-7, rtol=1e-4)
+
+
 def test_batches_depend_on_the_seed_only_and_a_pass_sees_every_row_once() -> None:
     rows = examples(7)
     first, again, other = (fit.batches(rows, 7, torch.Generator().manual_seed(s)) for s in (1, 1, 2))

@@ -370,3 +370,49 @@ def test_folders_loaded_one_after_the_other_leave_no_trace_in_the_base(job: Path
         assert not torch.equal(other.model(**batch).logits, wanted)
     with stock.loaded(job / "fedit" / "adapter") as again, torch.inference_mode():
         assert torch.equal(again.model(**batch).logits, wanted)
+
+
+def test_layers_that_are_new_with_the_task_are_trained_averaged_and_published(tmp_path: Path) -> None:
+    """DistilBERT has a `pre_classifier` beside its `classifier`; both are missing from an encoder's checkpoint."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    table = tiny.table(tmp_path, {"name": "fedit"}, model={"pooling": "model"}, lora={"target_modules": ["q_lin", "lin1"]})
+    torch.manual_seed(0)
+    small = DistilBertConfig(vocab_size=40, dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=64)
+    DistilBertModel(small).save_pretrained(table["model"]["name"])
+    folder = running.run(table, tmp_path / "run")
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {"base_model.model.pre_classifier.weight", "base_model.model.classifier.bias"} <= set(saved)
+    torch.manual_seed(99)
+    base = AutoModelForSequenceClassification.from_pretrained(table["model"]["name"], num_labels=3)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    dataset = load_data(from_table(json.loads((folder / "run.json").read_text())["config"]))
+    tokenizer = load_model(from_table(json.loads((folder / "run.json").read_text())["config"]), 3).tokenizer
+    batch = tokenizer([row["text"] for row in dataset.test], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        guesses = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    right = sum(dataset.labels[int(i)] == row["label"] for i, row in zip(guesses, dataset.test))
+    assert right / len(dataset.test) == pytest.approx(lines(folder)[-1]["global"]["accuracy"])
+
+
+def test_a_job_does_not_go_on_over_other_rows_or_another_configuration(tmp_path: Path) -> None:
+    from umbel.record import RecordError
+
+    table = tiny.table(tmp_path, {"name": "fedit"})
+    folder = running.run(table, tmp_path / "run")
+    with pytest.raises(RecordError, match="another configuration"):
+        running.run({**table, "rounds": 5}, folder)
+    test = tmp_path / "test.jsonl"
+    test.write_text(test.read_text() + test.read_text().splitlines()[0] + "\n")
+    with pytest.raises(RecordError, match="the test rows have changed"):
+        running.resume(folder)
+
+
+@pytest.mark.parametrize("keep", ["../../../evil", True, -2, None, 1.5])
+def test_a_server_cannot_name_files_outside_a_clients_folder(keep: Any, tmp_path: Path) -> None:
+    resident, _ = residents(tiny.causal_table(tmp_path), tmp_path)
+    client = Client(0, resident, tmp_path / "deep" / "clients" / "0")
+    header = {"kind": "observe", "has": -1, "keep": keep, "generate": False}
+    with pytest.raises(wire.WireError, match="'keep' is"):
+        client.answer(wire.encode(wire.Message(header)))
+    assert not list(tmp_path.glob("**/*evil*"))

@@ -7,7 +7,7 @@
     R = Σ_k p_k R_k                             (5)    each round; B and A never change
 
 (5) is exact, since Σ p_k B R_k A = B (Σ p_k R_k) A. The papers sum (1) over the pooled rows; here each client sends the mean
-over its own, once and whole, weighed by n_k: the same sign where its rows are in proportion to n_k. Two starts are ours:
+over its own, once and whole, weighed by how many rows that were, which makes it the pooled mean. Two starts are ours:
 "gradient", where each client sends its best product of rank r and −Σ p_k G_k, as long as (2), takes the place of Δ; "random".
 """
 
