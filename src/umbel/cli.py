@@ -46,14 +46,14 @@ def run(
         table = None if file is None else config.read(file, assignments)
         if resume is None and (folder / "job.toml").exists():
             raise config.ConfigError(f"{folder} holds a run already; `umbel run --resume {folder}`, or give another --out")
-        with _listening(as_json) as listen:
-            try:
+        try:
+            with _listening(as_json) as listen:
                 folder = running.resume(folder, listen) if table is None else running.run(table, folder, listen)
-            except KeyboardInterrupt:
-                kept = (folder / "job.toml").exists()
-                how = f"Finished rounds are kept; go on with: umbel run --resume {folder}" if kept else "Nothing had begun."
-                typer.echo(f"\nStopped. {how}", err=True)
-                raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            kept = (folder / "job.toml").exists()
+            how = f"Finished rounds are kept; go on with: umbel run --resume {folder}" if kept else "Nothing had begun."
+            typer.echo(f"Stopped. {how}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         page = report.write_html([report.read_job(folder)], folder / "report.html")
         _print_report([folder], as_json)
         if not as_json:
