@@ -263,13 +263,14 @@ def _capability_table(found: dict[str, dict[str, Any]]) -> Any:
         box=None,
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("exact", "error", "bytes up", "bytes down", "start up/down", "maskable", "mixed ranks"):
-        table.add_column(heading, justify="right")
-    table.add_column("server memory")
+    for heading in ("exact", "error", "bytes\nup", "bytes\ndown", "start\nup/down", "mask-\nable", "mixed\nranks"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("server\nmemory", no_wrap=True)
     for name, own in found.items():
         cells = [own[key] for key in ("exact", "error", "bytes_up", "bytes_down")]
         start = f"{own['start_bytes_up']}/{own['start_bytes_down']}" if own["start_bytes_down"] else ""
-        cells += [start, own["maskable"], own["mixed_ranks"], own["server_memory"]]
+        memory = own["server_memory"].removesuffix(" with clients")
+        cells += [start, own["maskable"], own["mixed_ranks"], memory]
         table.add_row(name, *map(_cell, cells))
     return table
 
