@@ -75,7 +75,7 @@ def _facts(jobs: Sequence[Job]) -> str:
     runs = [run for job in jobs for run in (*job.methods, *([job.central] if job.central else []))]
     methods = [run for job in jobs for run in job.methods]
     ask: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("Model", lambda c: "/".join(Path(str(c["model"]["name"]).removeprefix("pkg:")).parts[-2:])),
+        ("Model", lambda c: _model_name(str(c["model"]["name"]))),
         ("Adapter", lambda c: f"rank {c['lora']['r']}, α\N{NO-BREAK SPACE}{c['lora']['lora_alpha']:g}"),
         ("Split", lambda c: _split_words(c["split"])),
         ("Rounds", lambda c: c["rounds"]),
@@ -94,6 +94,12 @@ def _facts(jobs: Sequence[Job]) -> str:
     if not tiles:
         return ""
     return '<dl class="facts">' + "".join(f"<div><dt>{k}</dt><dd>{say(v)}</dd></div>" for k, v in tiles) + "</dl>"
+
+
+def _model_name(name: str) -> str:
+    """Returns the last part of a path or hub name; the one before where a folder is just called "model"."""
+    parts = Path(name.removeprefix("pkg:")).parts
+    return parts[-2] if len(parts) > 1 and parts[-1] == "model" else parts[-1] if parts else ""
 
 
 def _split_words(table: dict[str, Any]) -> str:
