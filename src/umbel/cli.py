@@ -38,6 +38,7 @@ def run(
         from umbel import config, report
         from umbel import run as running
 
+        _find_own_modules()
         if (file is None) == (resume is None):
             raise config.ConfigError("give a TOML file, or --resume DIR; one of the two")
         if resume is not None and (assignments or out is not None):
@@ -114,7 +115,7 @@ def check(
     with _errors():
         from umbel import testing
 
-        sys.path.insert(0, "")  # a module in the working directory is what its author means
+        _find_own_modules()
         try:
             results = testing.check_method(name)
         except testing.NonConforming as error:
@@ -151,6 +152,12 @@ def _errors() -> Iterator[None]:
         wrong_input = kind in ("ConfigError", "MethodError", "RecordError", "ReportError") or isinstance(error, OSError)
         typer.echo(f"umbel: {error}", err=True)
         raise typer.Exit(BAD_INPUT if wrong_input else FAILED) from None
+
+
+def _find_own_modules() -> None:
+    """Lets "my_method" be a file in the working directory; last, so that nothing there hides an installed package."""
+    if "" not in sys.path:
+        sys.path.append("")
 
 
 def _console() -> Any:
