@@ -132,6 +132,7 @@ def test_a_folder_that_holds_a_run_is_not_run_over(tmp_path):
     (tmp_path / "run.toml").write_text(RUNNABLE.format(model="x"))
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "job.toml").write_text("")
+    (tmp_path / "done" / "split.json").write_text("{}")
     assert "done holds a run already" in mistake("run", "run.toml", "--out", "done")
 
 

@@ -45,13 +45,13 @@ def run(
             raise config.ConfigError("--resume goes on with the run's own configuration; --set and --out are not for it")
         folder = resume or out or running.free_folder(Path("runs") / (file or Path()).stem)
         table = None if file is None else config.read(file, assignments)
-        if resume is None and (folder / "job.toml").exists():
+        if resume is None and running.is_job(folder):
             raise config.ConfigError(f"{folder} holds a run already; `umbel run --resume {folder}`, or give another --out")
         try:
             with _listening(as_json) as listen:
                 folder = running.resume(folder, listen) if table is None else running.run(table, folder, listen)
         except KeyboardInterrupt:
-            kept = (folder / "job.toml").exists()
+            kept = running.is_job(folder)
             how = f"Finished rounds are kept; go on with: umbel run --resume {folder}" if kept else "Nothing had begun."
             typer.echo(f"Stopped. {how}", err=True)
             raise typer.Exit(INTERRUPTED) from None

@@ -330,6 +330,11 @@ def check(config: Config) -> Config:
             config.split.clients < 1 and config.split.kind not in ("by", "files"),
             f"split.clients: got {config.split.clients}, allowed: 1 or more for split.kind = {config.split.kind!r}",
         ),
+        (
+            0 < config.split.clients < config.server.clients_per_round,
+            f"server.clients_per_round: got {config.server.clients_per_round}, allowed: at most split.clients = "
+            f"{config.split.clients}",
+        ),
         (config.split.kind == "by" and not config.split.column, "split.column is missing: the column that names the client"),
         (config.task.kind == "instruction" and not config.task.response, "task.response is missing, e.g. '{answer}'"),
         (

@@ -25,7 +25,7 @@ from umbel.config import Config, ConfigError, MethodChoice
 from umbel.engine.local import Local
 from umbel.loop import Plan, federate
 from umbel.record import Record, RecordError, locked, now, write_file, write_json
-from umbel.server import OBSERVER
+from umbel.server import OBSERVER, ServerError
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -75,14 +75,16 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
     configs = configuration.configs(table)
     shared = _shared(configs)
     with locked(folder):
+        _check_empty(folder)
         listen({"event": "stage", "text": "reading data"})
         dataset = data.load(shared)
         manifest = dataset.manifest()
         fingerprint = model.fingerprint(shared)
         _check_same(folder, table, manifest, fingerprint)
-        # Only now is there something to resume.
-        write_file(folder / "job.toml", tomli_w.dumps(table).encode())
-        write_json(folder / "split.json", manifest)
+        # Only now is there something to resume; what a job began with is never written again.
+        if not is_job(folder):
+            write_json(folder / "split.json", manifest)
+            write_file(folder / "job.toml", tomli_w.dumps(table).encode())
         listen({"event": "split", "manifest": manifest})
         members = _members(configs, shared, dataset.clients)
         write_json(folder / "job.json", _contents(members))
@@ -106,15 +108,31 @@ def resume(folder: Path, listen: Listener = lambda event: None) -> Path:
     Raises:
         RecordError: The folder holds no job.
     """
-    for place in (folder, folder.parent):
-        if (place / "job.toml").exists():
-            return run(configuration.read(place / "job.toml"), place, listen)
-    raise RecordError(f"{folder} holds no job.toml, so there is nothing to resume; give a folder that `umbel run` made")
+    place = folder
+    if not is_job(folder) and (folder / "run.toml").exists():
+        # A member's folder, such as runs/quickstart/florist or runs/quickstart/local/client-0.
+        place = next((above for above in folder.resolve().parents[:2] if is_job(above)), folder)
+    if not is_job(place):
+        raise RecordError(f"{folder} is no folder that `umbel run` made, so there is nothing to resume")
+    return run(configuration.read(place / "job.toml"), place, listen)
+
+
+def is_job(folder: Path) -> bool:
+    """True where a job has begun: its configuration and its split are there."""
+    return (folder / "job.toml").is_file() and (folder / "split.json").is_file()
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuses a folder with anything of somebody else's in it, since a run writes and replaces folders there."""
+    begun = {".lock", "split.json", "split.json.partial", "job.toml.partial"}
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in begun)
+    if strange and not is_job(folder):
+        raise RecordError(f"{folder} is not empty ({', '.join(strange[:3])}) and holds no run; give another folder")
 
 
 def _check_same(folder: Path, table: dict[str, Any], manifest: dict[str, Any], fingerprint: str) -> None:
     """Refuses to go on in a folder whose job had another configuration, other rows or another model."""
-    if not (folder / "job.toml").exists():
+    if not is_job(folder):
         return
     before = configuration.read(folder / "job.toml")
     if before != tomllib.loads(tomli_w.dumps(table)):
@@ -159,7 +177,7 @@ def _members(configs: dict[str, Config], shared: Config, clients: int) -> list[M
     training = shared.training
     if training.max_steps > 0:
         # As many rows as all the clients of a round together see.
-        training = replace(training, max_steps=training.max_steps * (shared.server.clients_per_round or clients))
+        training = replace(training, max_steps=training.max_steps * min(shared.server.clients_per_round or clients, clients))
     central = replace(plain, training=replace(training, optimizer_state="keep"))
     result.append(Member("central", "central", central, [0], "central"))
     result += [Member(f"local {k}", f"local/client-{k}", plain, [k], "local") for k in everyone]
@@ -224,6 +242,8 @@ def _run_member(
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.update(state=state, error=f"{type(error).__name__}: {error}")
+        if isinstance(error, ServerError):
+            raise ServerError(f"run {member.label!r}: {error}") from error
         raise
     finally:
         adapter.remove()
@@ -297,7 +317,7 @@ def _machine() -> dict[str, Any]:
 def free_folder(wanted: Path) -> Path:
     """Returns `wanted`, or with -2, -3 … where it holds a job."""
     folder, number = wanted, 1
-    while (folder / "job.toml").exists():
+    while is_job(folder):
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
@@ -319,5 +339,9 @@ def evaluate_again(folder: Path) -> dict[str, Any]:
 
     config = configuration.from_table(configuration.read(folder / "run.toml"))
     dataset = data.load(config)
+    then = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
+    for name in ("train", "test"):
+        if then.get(name) != dataset.hashes.get(name):
+            raise RecordError(f"{folder}: the {name} rows have changed since the run, so its score cannot be repeated")
     with publish.Stock(config, len(dataset.labels)).loaded(folder / "adapter") as base:
         return evaluate(base.model, base.tokenizer, dataset.test, dataset.labels, config)

@@ -188,12 +188,31 @@ def test_numeric_labels_become_strings(tmp_path):
 
 
 def test_rows_without_text_are_dropped_and_counted(tmp_path):
-    rows = [{"text": text, "label": "a"} for text in ("x", "", "  \n", None, "y")]
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(("x", "", "  \n", None, None, "y"))]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     dataset = load(configure({"train": path, "test": path}, Split(clients=1)))
     assert [row["text"] for row in dataset.train] == ["x", "y"]
-    assert dataset.row_train == [0, 4]
-    assert dataset.manifest()["dropped"] == {"train": 3, "test": 3}
+    assert dataset.row_train == [0, 5]
+    assert dataset.manifest()["dropped"] == {"train": 4, "test": 4}
+
+
+@pytest.mark.parametrize("label", [None, ""])
+def test_a_row_without_a_label_is_an_error_that_names_it(tmp_path, label):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": label}])
+    with pytest.raises(ConfigError, match="row 1: no value in column 'label'"):
+        load(configure({"train": path, "test": path}, Split(clients=1)))
+
+
+def test_one_label_is_nothing_to_learn(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": "a"}] * 3)
+    with pytest.raises(ConfigError, match="two or more"):
+        load(configure({"train": path, "test": path}, Split(clients=1)))
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [])
+    with pytest.raises(ConfigError, match=r"a.jsonl' holds no rows"):
+        load(configure({"train": path, "test": path}, Split(clients=1)))
 
 
 def test_validation_rows_are_taken_off_the_training_rows_and_the_test_file_stays_unread(files):

@@ -35,7 +35,7 @@ def finish(*arguments: object) -> None:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    files = sorted(folder.glob("**/adapter/*.safetensors")) + sorted(folder.glob("**/checkpoint.safetensors"))
+    files = sorted(folder.glob("**/adapter/*")) + sorted(folder.glob("**/checkpoint.safetensors"))
     result = {}
     for file in files:
         data = file.read_bytes()

@@ -416,3 +416,29 @@ def test_a_server_cannot_name_files_outside_a_clients_folder(keep: Any, tmp_path
     with pytest.raises(wire.WireError, match="'keep' is"):
         client.answer(wire.encode(wire.Message(header)))
     assert not list(tmp_path.glob("**/*evil*"))
+
+
+def test_a_folder_with_somebody_elses_files_is_not_written_to(tmp_path: Path) -> None:
+    from umbel.record import RecordError
+
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    (tmp_path / "mine" / "adapter" / "precious.txt").write_text("p")
+    with pytest.raises(RecordError, match="is not empty \\(adapter\\) and holds no run"):
+        running.run(tiny.table(tmp_path), tmp_path / "mine")
+    assert (tmp_path / "mine" / "adapter" / "precious.txt").read_text() == "p"
+
+
+def test_resuming_what_is_no_run_touches_nothing(tmp_path: Path) -> None:
+    from umbel.record import RecordError
+
+    (tmp_path / "job.toml").write_text("# mine\nrounds = 1\n")
+    for name in ("typo", ".", "job.toml"):
+        with pytest.raises(RecordError, match="no folder that `umbel run` made"):
+            running.resume(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
+    assert (tmp_path / "job.toml").read_text() == "# mine\nrounds = 1\n"
+
+
+def test_a_members_folder_resumes_its_job(job: Path) -> None:
+    assert running.resume(job / "florist") == job
+    assert running.resume(job / "local" / "client-0") == job

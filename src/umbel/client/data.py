@@ -273,11 +273,15 @@ def load(config: Config) -> Dataset:
     else:
         test, dropped["test"] = _read(config, "test", data.test, hashes)
         _check_test_labels(config, labels, test.rows)
+    if config.task.kind != "instruction" and len(labels) < 2:
+        raise ConfigError(f"data.label = {data.label!r}: the training rows have the labels {labels}, allowed: two or more")
     train = _cap(train, data.max_train_rows, seed_of(config.seed, "max_train_rows"))
     test = _cap(test, data.max_test_rows, seed_of(config.seed, "max_test_rows"))
     for which, part in (("train", train), ("test", test)):
         if not part.rows:
-            raise ConfigError(f"data.{which} = {getattr(data, which)!r}: no row is left of it. {dropped} rows had no text")
+            raise ConfigError(
+                f"data.{which} = {getattr(data, which)!r}: no row is left of it; {dropped.get(which, 0)} rows had no text"
+            )
     test_files = test.files if data.validation or isinstance(data.test, list) else None
     clients, owner_train, owner_test = split(config, train.rows, test.rows, train.files, test_files)
     hashes["split"] = _sha256([owner_train, owner_test, train.numbers, test.numbers])
@@ -321,8 +325,12 @@ def _read(config: Config, which: str, sources: str | list[str], hashes: dict[str
         rows = read_rows(source, which)
         place = f"data.{which} = {source!r}"
         hashes[which if isinstance(sources, str) else f"{which}[{file}]"] = fingerprint(source, rows)
+        if not rows:
+            raise ConfigError(f"{place} holds no rows; give a file with rows")
         _check_columns(config, rows, place)
         for number, row in enumerate(rows):
+            if config.task.kind != "instruction" and row[config.data.label] in (None, ""):
+                raise ConfigError(f"{place}, row {number}: no value in column {config.data.label!r}; give every row its label")
             if config.data.labels and str(row[config.data.label]) not in config.data.labels:
                 continue
             if not _text(config, row).strip():

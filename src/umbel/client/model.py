@@ -91,7 +91,12 @@ def load(config: Config, labels: int, seed: int | None = None) -> Base:
             tokenizer = AutoTokenizer.from_pretrained(path, **where)
             model, heads = _model(config, path, labels, where)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name = {config.model.name!r} cannot be loaded: {error}") from error
+        known = data.locate(config.model.name) is not None
+        where_to = "" if known else "It is no folder here, so a hub was asked. Give a folder, or pkg:<package>/<path>. "
+        raise ConfigError(f"model.name = {config.model.name!r} cannot be loaded. {where_to}{error}") from error
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.data.max_length > longest:
+        raise ConfigError(f"data.max_length: got {config.data.max_length}, allowed by this model: at most {longest}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:

@@ -80,6 +80,10 @@ def write(folder: Path, config: Config, path: str, result: Result) -> None:
         tensors |= {f"base_model.model.{name}": x.contiguous() for name, x in result.plain.items()}
     with new_folder(folder) as temporary:
         options.save_pretrained(str(temporary))
+        # PEFT keeps the targets as a set, whose order differs from process to process.
+        written = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+        written["target_modules"] = sorted(ranks)
+        (temporary / "adapter_config.json").write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
         safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         if pooled:
             head = {name: x.contiguous() for name, x in result.plain.items()}
@@ -88,7 +92,7 @@ def write(folder: Path, config: Config, path: str, result: Result) -> None:
         about |= {"num_examples": result.rows, "labels": result.labels}
         about["pooling"] = config.model.pooling
         (temporary / "umbel.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_card(config, path), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(config, path, len(result.labels)), encoding="utf-8")
 
 
 def _compact(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,7 @@ def _compact(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def _card(config: Config, path: str) -> str:
+def _card(config: Config, path: str, labels: int) -> str:
     lines = [
         "---",
         f"base_model: {json.dumps(path)}",
@@ -122,7 +126,7 @@ def _card(config: Config, path: str) -> str:
         config.task.kind, "AutoModelForCausalLM"
     )
     extra = f", gguf_file={config.model.gguf_file!r}" if config.model.gguf_file else ""
-    extra += ", num_labels=…" if kind == "AutoModelForSequenceClassification" else ""
+    extra += f", num_labels={labels}" if kind == "AutoModelForSequenceClassification" else ""
     lines += [
         "from peft import PeftModel",
         f"from transformers import {kind}",
