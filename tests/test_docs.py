@@ -94,3 +94,13 @@ def test_every_key_of_the_configuration_is_documented_with_its_default() -> None
                 f'"{default}"' if isinstance(default, str) else str(default).lower() if isinstance(default, bool) else default
             )
             assert f"| `{key.name}` | `{shown}` |" in own, (section, key.name)
+
+
+def test_the_method_shown_to_contributors_passes_the_conformance_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from umbel.testing import check_method
+
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    (tmp_path / "shown_to_contributors").mkdir()
+    (tmp_path / "shown_to_contributors" / "my_method.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert all(result.holds is not False for result in check_method("shown_to_contributors.my_method"))

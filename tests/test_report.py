@@ -458,3 +458,13 @@ def test_the_scores_after_each_round_begin_with_the_first_and_end_with_the_last(
     line = next(line.split() for line in lines if line.startswith(told["label"]))
     assert float(line[1]) == pytest.approx(told["scores"][0], abs=5e-4)
     assert float(line[-1]) == pytest.approx(told["scores"][-1], abs=5e-4)
+
+
+def test_the_terminal_says_who_was_left_out_and_why(tmp_path):
+    make_job(tmp_path)
+    refused = {"answered": [0], "refused": [{"client": 1, "reason": "sent [bold]NaN"}]}
+    rewrite_lines(tmp_path / "run-0" / "rounds.jsonl", lambda line: line | refused)
+    text = " ".join(shown(tmp_path, 100).split())
+    assert "left out of" in text
+    assert "client 1" in text
+    assert "sent [bold]NaN" in text

@@ -155,7 +155,7 @@ def _errors() -> Iterator[None]:
 
 
 def _find_own_modules() -> None:
-    """Lets "my_method" be a file in the working directory; last, so that nothing there hides an installed package."""
+    """Lets my_package/my_method.py lie in the working directory; last, so that it hides no installed package."""
     if "" not in sys.path:
         sys.path.append("")
 

@@ -247,12 +247,14 @@ def find(name: str) -> type[Method]:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
-            raise
+            raise MethodError(f"method {name!r}: importing {path} failed: {error}") from error
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise MethodError(
             f"no method {name!r}. {hint}Known: {', '.join(names())}; or a module path such as 'my_package.my_method'"
         ) from None
+    except (ImportError, SyntaxError) as error:
+        raise MethodError(f"method {name!r}: importing {path} failed: {error}") from error
     wanted = path.rsplit(".", 1)[-1].replace("_", "").lower()
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Method) and value.__name__.lower() == wanted:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from umbel.report import words
-from umbel.report.closing import best, rows
-from umbel.report.jobs import Job
+from umbel.report.closing import best, refusals, rows
+from umbel.report.jobs import Job, entries
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +32,7 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
     """
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -50,6 +51,10 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
         result.add_row(Text(label), *(Text(show(row)) for _, show in columns), style=style, end_section=ends)
     lower = sorted({row["metric"] for row in told if row["lower_is_better"]})
     result.caption = LEGEND + "".join(f" {metric}: lower is better." for metric in lower)
+    for entry in entries(jobs):
+        for run in entry.runs:
+            for client, reason, left in refusals(run):
+                result.caption += escape(f"\nleft out of {entry.label}: client {client}, rounds {words.rounds(left)}: {reason}")
     result.caption_justify = "left"
     return result
 
