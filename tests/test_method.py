@@ -176,7 +176,7 @@ def test_a_method_from_outside_is_found_by_its_module_path(tmp_path, monkeypatch
     assert type(method.load("somebodys_methods.only_first")).__name__ == "OnlyFirst"
     with pytest.raises(MethodError, match=r"module 'somebodys_methods\.empty' defines no Method class whose name is 'empty'"):
         method.find("somebodys_methods.empty")
-    with pytest.raises(MethodError, match="importing .* failed: No module named .not_installed_anywhere"):
+    with pytest.raises(MethodError, match=r"importing .* failed: No module named .not_installed_anywhere"):
         method.find("somebodys_methods.needy")
     with pytest.raises(MethodError, match=r"no method 'somebodys_methods\.missing'"):
         method.find("somebodys_methods.missing")
