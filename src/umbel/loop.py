@@ -113,7 +113,7 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
 
 
 def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int, int]]:
-    """Asks every client for its layers and rows; those whose layers are not the majority's are left out of the run."""
+    """Asks every client for its layers and rows; those whose layers or other parameters are not the majority's are left out."""
     began = time.perf_counter()
     heard = _Heard()
     payload = wire.encode(wire.Message({"kind": "open"}))

@@ -68,7 +68,8 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
     Raises:
         ConfigError: The configuration cannot be run.
         ServerError: A round had nobody left.
-        RecordError: Another process is at work in the folder.
+        RecordError: Another process is at work in the folder, it holds somebody else's files, or a job that began with
+            another configuration, other rows or another model.
     """
     from umbel.client import client, data, model, publish
 
@@ -137,9 +138,7 @@ def _check_same(folder: Path, table: dict[str, Any], manifest: dict[str, Any], f
     before = configuration.read(folder / "job.toml")
     if before != tomllib.loads(tomli_w.dumps(table)):
         raise RecordError(f"{folder} holds a job with another configuration; give another folder, or resume it as it is")
-    hashes = (
-        json.loads((folder / "split.json").read_text(encoding="utf-8"))["hashes"] if (folder / "split.json").exists() else {}
-    )
+    hashes = json.loads((folder / "split.json").read_text(encoding="utf-8"))["hashes"]
     for name, value in hashes.items():
         if manifest["hashes"].get(name) != value:
             got = str(manifest["hashes"].get(name))

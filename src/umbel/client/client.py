@@ -17,6 +17,7 @@ from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode
 from umbel.client.evaluate import evaluate
 from umbel.client.model import Base
+from umbel.client.prompts import pad_id
 from umbel.config import Config
 from umbel.record import write_file
 from umbel.server import OBSERVER
@@ -171,7 +172,7 @@ class Client:
                 tuple(header["trains"]),
                 self._mine(),
                 resident.config.training,
-                resident.base.tokenizer.pad_token_id,
+                pad_id(resident.base.tokenizer),
                 self._seed(header),
                 int(header["train_round"]),
                 int(header["rounds"]),
@@ -194,7 +195,7 @@ class Client:
                 resident.adapter,
                 mine,
                 resident.config.training,
-                resident.base.tokenizer.pad_token_id,
+                pad_id(resident.base.tokenizer),
                 self._seed(header),
                 samples,
             )

@@ -16,6 +16,7 @@ from umbel.client import model as models
 from umbel.client.adapter import public_name
 from umbel.client.data import Example, collate
 from umbel.client.model import Base, PooledClassifier
+from umbel.client.prompts import pad_id
 from umbel.config import Config
 from umbel.record import new_folder
 
@@ -195,7 +196,7 @@ class Stock:
 @torch.inference_mode()
 def difference(published: Base, own: nn.Module, examples: list[Example]) -> float:
     """Returns max |Δ logits| / max |logits| of two models on some rows, in full precision."""
-    pad = published.tokenizer.pad_token_id
+    pad = pad_id(published.tokenizer)
     batch = {key: x for key, x in collate(examples, pad).items() if key != "labels"}
     wanted = own(**batch).logits.float()
     got = published.model(**batch).logits.float()

@@ -18,9 +18,9 @@ NOTE = """\
 <b>Score</b>: the aggregated model on all test rows, last round (↓: lower is better). <b>Own test</b>: each client’s model
 after its training and before aggregation, on its own test rows, mean weighted by rows; <b>gap</b>: that minus the score.
 <b>Error</b>: aggregation error, the relative distance of what was sent back from the weighted mean of the clients’ updates;
-max and mean over layers. <b>Per client</b>: bytes over the whole run, mean over clients. <b>Overhead</b>: share of the rounds’
-time outside training and evaluation. <b>local</b>: one client alone, mean over clients (range below; times are sums).
-<b>central</b>: one model on everyone’s rows. Bold: best of the methods."""
+max and mean over layers, of the last round and in the mean over all rounds. <b>Per client</b>: bytes over the whole run,
+mean over clients. <b>Overhead</b>: share of the run’s time outside training and evaluation. <b>local</b>: one client alone,
+mean over clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best of the methods."""
 
 
 RANKED = ("score", "error_max", "error_mean", "bytes_up", "bytes_down")
