@@ -188,6 +188,21 @@ def stacked(layer: str, uploads: list[tuple[Factors, float]], name: str) -> Tens
     return torch.stack([factors[name] for factors, _ in uploads])
 
 
+def mean_of(uploads: list[tuple[Factors, float]]) -> Factors:
+    """Returns the weighted mean of every factor of what `Each` gives, as `Mean` computes it.
+
+    >>> mean_of([({"A": torch.tensor([[0.0]])}, 0.25), ({"A": torch.tensor([[4.0]])}, 0.75)])
+    {'A': tensor([[3.]])}
+
+    Raises:
+        MethodError: The clients differ in rank.
+    """
+    mean = Mean()
+    for factors, p in uploads:
+        mean.add(factors, p)
+    return mean.done()
+
+
 def product(factors: Factors) -> tuple[Tensor, Tensor]:
     """Returns (B, A) whose product is the ΔW of one layer: (B, A), or (B R, A) where there is an R.
 
