@@ -81,4 +81,5 @@ class HetLoRA(Method):
 
 
 def _size(factors: Factors, kept: int) -> Tensor:
-    return factors["B"][:, kept:].square().sum().sqrt() * factors["A"][kept:].square().sum().sqrt()
+    # Not √Σx²: at B = 0, where every client begins, its gradient would not be a number.
+    return torch.linalg.vector_norm(factors["B"][:, kept:]) * torch.linalg.vector_norm(factors["A"][kept:])
