@@ -81,5 +81,4 @@ class HetLoRA(Method):
 
 
 def _size(factors: Factors, kept: int) -> Tensor:
-    # Not √Σx²: at B = 0, where every client begins, its gradient would not be a number.
-    return torch.linalg.vector_norm(factors["B"][:, kept:]) * torch.linalg.vector_norm(factors["A"][kept:])
+    return algebra.frobenius(factors["B"][:, kept:]) * algebra.frobenius(factors["A"][kept:])
