@@ -13,7 +13,7 @@ was held, since zeros on both sides would have no gradient ever after; and where
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,9 +81,4 @@ class HetLoRA(Method):
 
 
 def _size(factors: Factors, kept: int) -> Tensor:
-    return _norm(factors["B"][:, kept:]) * _norm(factors["A"][kept:])
-
-
-def _norm(x: Tensor) -> Tensor:
-    # Its gradient at zero, where B begins, is zero; that of a square root of squares is not a number.
-    return cast(Tensor, torch.linalg.vector_norm(x))  # pyright: ignore[reportUnknownMemberType]
+    return algebra.frobenius(factors["B"][:, kept:]) * algebra.frobenius(factors["A"][kept:])
