@@ -40,6 +40,7 @@ class LoRAFAIR(Method):
         B, A = mean["B"].double(), mean["A"].double()
         U, s, Vh = algebra.product_svd(torch.eye(A.shape[0], dtype=A.dtype), A)
         missed = torch.stack([p * own["B"].double() @ (own["A"].double() @ Vh.mT) for own, p in got]).sum(0) - B @ (A @ Vh.mT)
-        present = s > 1e-12 * s[0]  # what A does not span, no B can correct
+        # What A does not span, but for rounding, no B can correct.
+        present = s > torch.finfo(mean["A"].dtype).eps * A.shape[1] * s[0]
         gain = torch.where(present, s / (s.square() + self.regularization).clamp_min(1e-300), torch.zeros_like(s))
         return Download(factors={"A": mean["A"], "B": (B + missed * gain @ U.mT).to(mean["B"].dtype)})  # (4), (5)
