@@ -139,6 +139,9 @@ def _entries(given: Any, common: dict[str, list[Any]]) -> list[Entry]:
         table = {"name": entry} if isinstance(entry, str) else {key: x for key, x in entry.items() if key != "choose"}
         name = table.get("name", "")
         label = str(table.get("label", name))
+        for section in running.MAY_DIFFER - {"method"}:
+            if not isinstance(table.get(section, {}), dict):
+                raise ConfigError(f"compare.methods {label!r}: '{section}' is a table, got {table[section]!r}")
         own = _choose_lists(entry.get("choose", {}), f"compare.methods {label!r}") if isinstance(entry, dict) else {}
         # What a method says for itself counts more than what is said for all.
         of_all = {key: values for key, values in common.items() if not _says(table, key)}
@@ -159,6 +162,8 @@ def _choose_lists(given: Any, where: str) -> dict[str, list[Any]]:
         if not isinstance(values, list) or not values:
             quoted = f' ("{key}" in quotes)' if isinstance(values, dict) else ""
             raise ConfigError(f"'{where}.choose': {key}: got {values!r}, allowed: a list of values{quoted}")
+        if _twice(list(map(str, values))):
+            raise ConfigError(f"'{where}.choose': {key}: got {values!r}, allowed: different values")
         if "." in key and key.partition(".")[0] not in sections:
             raise ConfigError(
                 f"'{where}.choose': {key}: methods share that section; allowed: keys of {', '.join(sections)}, "
@@ -182,9 +187,9 @@ def _check(comparison: Comparison) -> None:
     for entry in comparison.entries:
         for values in entry.candidates():
             table = set_values(entry.table, values)
+            configuration.configs(comparison.job(comparison.seeds[0], [table]))
             if comparison.equal != "rank":
                 _check_lora(comparison, entry, table)
-            configuration.configs(comparison.job(comparison.seeds[0], [table]))
     data = comparison.shared.get("data", {})
     if comparison.chooses and not data.get("test"):
         raise ConfigError("data.test is missing: what is chosen on validation rows is compared on test rows")
@@ -193,7 +198,7 @@ def _check(comparison: Comparison) -> None:
 def _check_lora(comparison: Comparison, entry: Entry, table: Table) -> None:
     """Refuses ranks of one's own where ranks follow from what is held equal."""
     shared, own = comparison.shared.get("lora", {}), table.get("lora", {})
-    lora = {**shared, **own} if isinstance(own, dict) else shared
+    lora = {**shared, **own}
     why = f"compare.equal = {comparison.equal!r} sets the ranks"
     if isinstance(lora.get("r"), list):
         raise ConfigError(f"lora.r: got {lora['r']}, but {why}; give one number, or compare.equal = 'rank'")

@@ -3,6 +3,7 @@
 import functools
 import html
 import io
+import itertools
 import math
 import re
 import warnings
@@ -237,7 +238,13 @@ def score_and_bytes(rows: Sequence[dict[str, Any]], best: Sequence[str], metric:
     axes.step([x for x, _ in edge], [y for _, y in edge], where="post", color="#9aa5b1", linewidth=1.4, zorder=2)
     axes.set_xlabel("sent and received per client over the whole run")
     axes.set_ylabel(metric)
-    _name_points(axes, [(row["total_bytes"], row["score"], label, style[label].colour) for label, row in points.items()])
+    # What a label should not lie across: deviations, the front's steps, the baselines.
+    lines = [(x, row["score"] - (row["score_sd"] or 0), x, row["score"] + (row["score_sd"] or 0)) for x, row in _placed(points)]
+    lines += [(x, y, later, y) for (x, y), (later, _) in itertools.pairwise(edge)]
+    lines += [(later, y, later, higher) for (_, y), (later, higher) in itertools.pairwise(edge)]
+    baselines = [row["score"] for row in rows if row["kind"] != "method" and row["score"] is not None]
+    lines += [(axes.get_xlim()[0], y, axes.get_xlim()[1], y) for y in baselines]
+    _name_points(axes, [(x, row["score"], row["label"], style[row["label"]].colour) for x, row in _placed(points)], lines)
     for row in rows:
         if row["kind"] != "method" and row["score"] is not None:
             place = (1.0, row["score"])
@@ -256,14 +263,32 @@ def _tall(labels: int) -> float:
     return max(3.2, 0.8 + 0.19 * labels)
 
 
-def _name_points(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
-    """Writes each point's label beside it, where it covers no other point or label; further off, with a thin line to it."""
+def _placed(points: dict[str, dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    return [(row["total_bytes"], row) for row in points.values()]
+
+
+Box = tuple[float, float, float, float]
+"""Left, low, right, high."""
+
+
+def _name_points(axes: Any, points: list[tuple[float, float, str, str]], lines: list[Box]) -> None:
+    """Writes each point's label beside it, clear of other points and labels, and of lines where there is room for that.
+
+    Args:
+        axes: Where.
+        points: (x, y, label, colour).
+        lines: Upright or level ones, as boxes without width, in units of the axes.
+    """
     figure = axes.figure
     figure.canvas.draw()  # settles the layout, so that places in pixels are final
     inch = figure.dpi
     centres = [axes.transData.transform((x, y)) for x, y, *_ in points]
     taken = [(x - 0.06 * inch, y - 0.06 * inch, x + 0.06 * inch, y + 0.06 * inch) for x, y in centres]
     frame = axes.get_window_extent()
+    ends = axes.transData.transform([corner for x, y, right, high in lines for corner in ((x, y), (right, high))]).reshape(
+        -1, 4
+    )
+    crossed = [(min(x, right) - 1, min(y, high) - 1, max(x, right) + 1, max(y, high) + 1) for x, y, right, high in ends]
     for (*_, label, colour), (left, low) in zip(points, centres):
         text = words.end(label, 18)
         width, height = 0.068 * inch * len(text), 0.15 * inch
@@ -272,17 +297,18 @@ def _name_points(axes: Any, points: list[tuple[float, float, str, str]]) -> None
             box for box in boxes if frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
         ]
         free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
-        box = (free or inside or boxes)[0]
+        clear = [box for box in free if not any(_overlap(box, other) for other in crossed)]
+        box = (clear or free or inside or boxes)[0]
         taken.append(box)
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         if math.hypot(middle[0] - left, middle[1] - low) > 0.15 * inch + width / 2:
-            ends = axes.transData.inverted().transform([(left, low), (min(max(left, box[0]), box[2]), middle[1])])
-            axes.plot(ends[:, 0], ends[:, 1], color=colour, linewidth=0.6, alpha=0.7, zorder=2)
+            link = axes.transData.inverted().transform([(left, low), (min(max(left, box[0]), box[2]), middle[1])])
+            axes.plot(link[:, 0], link[:, 1], color=colour, linewidth=0.6, alpha=0.7, zorder=2)
         place = axes.transData.inverted().transform(middle)
         axes.text(*place, text, ha="center", va="center", fontsize=8.8, color=colour, zorder=4)
 
 
-def _around(x: float, y: float, width: float, height: float, inch: float) -> Iterator[tuple[float, float, float, float]]:
+def _around(x: float, y: float, width: float, height: float, inch: float) -> Iterator[Box]:
     """Yields boxes for a label around a point, the nearest first."""
     for far in (0.08, 0.2, 0.35, 0.5, 0.7, 0.95, 1.2):
         reach = far * inch
@@ -292,7 +318,7 @@ def _around(x: float, y: float, width: float, height: float, inch: float) -> Ite
             yield left, low, left + width, low + height
 
 
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
