@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from umbel import method
+from umbel import compare, method
 from umbel.cli import app
 from umbel.config import configs
 
@@ -49,7 +49,8 @@ def test_every_method_has_a_page_that_names_all_its_options() -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_is_a_configuration_that_is_accepted(example: Path) -> None:
-    assert configs(tomllib.loads(example.read_text(encoding="utf-8")))
+    table = tomllib.loads(example.read_text(encoding="utf-8"))
+    assert compare.read(table) if "compare" in table else configs(table)
 
 
 def test_there_are_examples_and_pages() -> None:
@@ -63,7 +64,7 @@ def test_every_configuration_shown_in_the_docs_has_keys_that_exist(page: Path) -
 
     for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         table = tomllib.loads(block)
-        assert set(table) <= set(SECTIONS), block
+        assert set(table) <= {*SECTIONS, "compare"}, block
         shown = table.get("method", [])
         for entry in shown if isinstance(shown, list) else [shown]:
             options = {key: value for key, value in entry.items() if key not in SECTIONS and key not in ("name", "label")}

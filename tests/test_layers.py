@@ -19,6 +19,7 @@ LAYERS = [
     {"server", "wire", "record"},
     {"loop", "engine", "client"},
     {"run", "merge", "report", "testing"},
+    {"compare"},
     {"cli"},
 ]
 """From the ground up. A module imports from its own layer or from those before it."""

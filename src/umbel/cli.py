@@ -63,6 +63,39 @@ def run(
                 typer.echo(f"Adapter of {label}: {place}")
 
 
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="A TOML file with [compare], e.g. examples/compare.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<file's name> if not given.")] = None,
+    assignments: SetFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare methods over several seeds, something held equal; the same command again goes on where it stopped."""
+    with _errors():
+        from umbel import compare as comparing
+        from umbel import config, report
+
+        _find_own_modules()
+        folder = out or Path("runs") / file.stem
+        table = config.read(file, assignments)
+        try:
+            with _listening(as_json) as listen:
+                comparing.compare(table, folder, listen)
+        except KeyboardInterrupt:
+            typer.echo("Stopped. Finished rounds are kept; the same command goes on.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        comparison = report.read_comparison(folder)
+        told = report.comparison_json(comparison)
+        if as_json:
+            typer.echo(json.dumps(told))
+        else:
+            _console().print(report.comparison_table(comparison))
+            typer.echo(f"Page: {folder / 'comparison.html'}")
+            typer.echo(f"Every run: {folder / 'comparison.csv'}")
+        if any(row["state"] != "done" for row in told["runs"]):
+            raise typer.Exit(FAILED)
+
+
 @app.command(name="report")
 def report_command(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `umbel run` made.")],
@@ -242,6 +275,8 @@ class _Drawing:
         kind = event["event"]
         if kind == "stage":
             self.progress.update(self.job, description=event["text"])
+        elif kind == "note":
+            self.console.print(event["text"], markup=False, highlight=False)
         elif kind == "split":
             self.console.print(_split_table(event["manifest"]))
         elif kind == "member":

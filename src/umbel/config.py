@@ -488,6 +488,8 @@ def configs(table: dict[str, Any]) -> dict[str, Config]:
     `[method]` is one run. `[[method]]` is several over the same clients, seeds and data: inside each, keys that are sections
     (`lora = { r = 64 }`) override the shared ones for that method, and `label` names the run where a method comes twice.
     """
+    if "compare" in table:
+        raise ConfigError("[compare] is for `umbel compare`, which makes a run of each method and seed; give it this file")
     given = table.get("method", {"name": "fedit"})
     entries = given if isinstance(given, list) else [given]
     if not entries or not all(isinstance(entry, dict) for entry in entries):

@@ -56,13 +56,23 @@ class Member:
     role: str
 
 
-def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: None) -> Path:
+def run(
+    table: dict[str, Any],
+    folder: Path,
+    listen: Listener = lambda event: None,
+    *,
+    baselines: bool = True,
+    comparing: bool = False,
+) -> Path:
     """Runs a job to its end, or on from where its folder stops; what is finished is not repeated.
 
     Args:
         table: A configuration as TOML gives it (see `umbel.config`).
         folder: Where everything goes.
         listen: Called with events, for progress.
+        baselines: Train central and local, too.
+        comparing: The job is part of a comparison: methods may join it later, each has its own folder, and one that fails
+            does not stop the others.
 
     Returns:
         The folder.
@@ -83,14 +93,17 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
         dataset = data.load(shared)
         manifest = dataset.manifest()
         fingerprint = model.fingerprint(shared)
-        _check_same(folder, table, manifest, fingerprint)
-        # Only now is there something to resume; what a job began with is never written again.
+        members = _members(configs, shared, dataset, baselines, comparing)
+        _check_same(folder, None if comparing else table, manifest, fingerprint)
+        if comparing:
+            _check_members(folder, members)
+        # Only now is there something to resume; what a job began with is written again only where methods may join.
         if not is_job(folder):
             write_json(folder / "split.json", manifest)
+        if comparing or not is_job(folder):
             write_file(folder / "job.toml", tomli_w.dumps(table).encode())
         listen({"event": "split", "manifest": manifest})
-        members = _members(configs, shared, dataset)
-        write_json(folder / "job.json", _contents(members))
+        write_json(folder / "job.json", {**_contents(members), **({"comparing": True} if comparing else {})})
         if all(Record(folder / member.folder).info.get("state") == "done" for member in members):
             return folder
         listen({"event": "stage", "text": "loading the model"})
@@ -101,7 +114,11 @@ def run(table: dict[str, Any], folder: Path, listen: Listener = lambda event: No
         for index, member in enumerate(members):
             listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
             own = _pooled(dataset) if member.role == "central" else dataset
-            _run_member(folder / member.folder, member, base, stock, own, train, test, facts, listen)
+            try:
+                _run_member(folder / member.folder, member, base, stock, own, train, test, facts, listen)
+            except ServerError:
+                if not comparing:
+                    raise  # else it is in the run's record, and the table shows it
     return folder
 
 
@@ -117,7 +134,9 @@ def resume(folder: Path, listen: Listener = lambda event: None) -> Path:
         place = next((above for above in folder.resolve().parents[:2] if is_job(above)), folder)
     if not is_job(place):
         raise RecordError(f"{folder} is no folder that `umbel run` made, so there is nothing to resume")
-    return run(configuration.read(place / "job.toml"), place, listen)
+    contents = json.loads((place / "job.json").read_text(encoding="utf-8")) if (place / "job.json").exists() else {}
+    part = {"comparing": contents.get("comparing", False), "baselines": contents.get("central", True) is not None}
+    return run(configuration.read(place / "job.toml"), place, listen, **part)
 
 
 def is_job(folder: Path) -> bool:
@@ -133,12 +152,11 @@ def _check_empty(folder: Path) -> None:
         raise RecordError(f"{folder} is not empty ({', '.join(strange[:3])}) and holds no run; give another folder")
 
 
-def _check_same(folder: Path, table: dict[str, Any], manifest: dict[str, Any], fingerprint: str) -> None:
-    """Refuses to go on in a folder whose job had another configuration, other rows or another model."""
+def _check_same(folder: Path, table: dict[str, Any] | None, manifest: dict[str, Any], fingerprint: str) -> None:
+    """Refuses to go on in a folder whose job had another configuration (unless None), other rows or another model."""
     if not is_job(folder):
         return
-    before = configuration.read(folder / "job.toml")
-    if before != tomllib.loads(tomli_w.dumps(table)):
+    if table is not None and configuration.read(folder / "job.toml") != tomllib.loads(tomli_w.dumps(table)):
         raise RecordError(f"{folder} holds a job with another configuration; give another folder, or resume it as it is")
     hashes = json.loads((folder / "split.json").read_text(encoding="utf-8"))["hashes"]
     for name, value in hashes.items():
@@ -152,6 +170,23 @@ def _check_same(folder: Path, table: dict[str, Any], manifest: dict[str, Any], f
         if known != fingerprint:
             raise RecordError(
                 f"{folder}: the base model has changed ({known[:12]}… then, {fingerprint[:12]}… now); start a new job"
+            )
+
+
+def _check_members(folder: Path, members: list[Member]) -> None:
+    """Refuses to go on where a run that has begun had another configuration than it would have now."""
+    for member in members:
+        path = folder / member.folder / "run.toml"
+        if path.exists() and (before := configuration.from_table(configuration.read(path))) != member.config:
+            old, new = (configuration.to_table(config) for config in (before, member.config))
+            section = next(key for key in new if old[key] != new[key])
+            changed = f"{section} = {old[section]}, now {new[section]}"
+            if isinstance(new[section], dict):
+                keys = {**old[section], **new[section]}
+                key = next(key for key in keys if old[section].get(key) != new[section].get(key))
+                changed = f"{section}.{key} = {old[section].get(key)}, now {new[section].get(key)}"
+            raise RecordError(
+                f"{path.parent} began with another configuration ({changed}); give another folder, or delete it to run it anew"
             )
 
 
@@ -196,11 +231,13 @@ def _ranks(config: Config, dataset: Any) -> dict[int, int]:
     return {client: int(next(iter(values))) for client, values in said.items()}
 
 
-def _members(configs: dict[str, Config], shared: Config, dataset: Any) -> list[Member]:
+def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines: bool, comparing: bool) -> list[Member]:
     everyone = [k for k in range(dataset.clients) if k not in dataset.unseen]
     clients = len(everyone)
-    single = len(configs) == 1
+    single = len(configs) == 1 and not comparing
     result = [Member(label, "." if single else label, config, everyone, "method") for label, config in configs.items()]
+    if not baselines:
+        return result
     # The baselines train the usual A and B, with the first method's options of LoRA and training.
     server = replace(shared.server, clients_per_round=0)
     plain = replace(shared, method=MethodChoice("fedit"), server=server, wire=configuration.Wire())
@@ -228,7 +265,7 @@ def _contents(members: list[Member]) -> dict[str, Any]:
     return {
         "members": {member.label: member.folder for member in members},
         "methods": [member.label for member in members if member.role == "method"],
-        "central": next(member.folder for member in members if member.role == "central"),
+        "central": next((member.folder for member in members if member.role == "central"), None),
         "local": [member.folder for member in members if member.role == "local"],
     }
 

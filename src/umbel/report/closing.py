@@ -248,7 +248,7 @@ def best(told: Sequence[dict[str, Any]], key: str, row: dict[str, Any]) -> bool:
 def as_json(jobs: Sequence[Job]) -> dict[str, Any]:
     """Returns the closing table as plain JSON values, with what was refused; a number that is not finite is None."""
     names = job_names(jobs)
-    return _finite(
+    return finite(
         {
             "headline": headline(jobs),
             "rows": rows(jobs),
@@ -262,9 +262,9 @@ def as_json(jobs: Sequence[Job]) -> dict[str, Any]:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
+        return {key: finite(x) for key, x in value.items()}
     if isinstance(value, list):
-        return [_finite(x) for x in value]
+        return [finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,10 +3,11 @@
 import functools
 import html
 import io
+import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -100,14 +101,16 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 def looks(entries: Sequence[Entry]) -> dict[str, Look]:
     """Returns a colour, a marker and a dash by label; baselines are grey and black, dashed."""
-    result: dict[str, Look] = {}
-    for number, entry in enumerate(x for x in entries if x.kind == "method"):
-        turn, place = divmod(number, len(COLOURS))
-        result[entry.label] = Look(COLOURS[place], MARKERS[number % len(MARKERS)], ("-", "--", ":", "-.")[turn % 4])
-    for entry in entries:
-        if entry.kind != "method":
-            result[entry.label] = Look("#7b8794" if entry.kind == "local" else "#000000", "", "--")
-    return result
+    return looks_of([{"label": entry.label, "kind": entry.kind} for entry in entries])
+
+
+def _look(number: int) -> Look:
+    turn, place = divmod(number, len(COLOURS))
+    return Look(COLOURS[place], MARKERS[number % len(MARKERS)], ("-", "--", ":", "-.")[turn % 4])
+
+
+def _baseline(kind: str) -> Look:
+    return Look("#7b8794" if kind == "local" else "#000000", "", "--")
 
 
 @styled
@@ -166,6 +169,157 @@ def score_by_bytes(entries: Sequence[Entry], metric: str, name: str) -> str:
     axes.set_ylabel(metric)
     _key(axes, ends)
     return _svg(figure, name, f"Line chart of {metric} against the bytes that a client has sent and received, log scale.")
+
+
+def looks_of(rows: Sequence[dict[str, Any]]) -> dict[str, Look]:
+    """The same for rows of a table."""
+    federated = [row["label"] for row in rows if row["kind"] == "method"]
+    result = {label: _look(number) for number, label in enumerate(federated)}
+    return result | {row["label"]: _baseline(row["kind"]) for row in rows if row["kind"] != "method"}
+
+
+@styled
+def means_by_round(rows: Sequence[dict[str, Any]], metric: str, name: str) -> str:
+    """Draws the score after each training round, mean over seeds; "" where nothing was scored."""
+    figure, axes = _axes(WIDE, _tall(len(rows)))
+    style, ends = looks_of(rows), list[tuple[float, str, Look]]()
+    for row in rows:
+        points = [(r, x) for r, x in enumerate(row["scores"], 1) if x is not None]
+        look = style[row["label"]]
+        if len(points) == 1 and row["kind"] != "method":
+            axes.axhline(points[0][1], color=look.colour, linestyle=look.dash, linewidth=1.3)
+        elif points:
+            _line(axes, [r for r, _ in points], [x for _, x in points], look)
+        if points:
+            ends.append((points[-1][1], row["label"], look))
+    axes.set_xlabel("training round")
+    axes.set_ylabel(metric)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _key(axes, ends)
+    return _svg(figure, name, f"Line chart of {metric} after each training round, mean over seeds.") if ends else ""
+
+
+@styled
+def score_and_bytes(rows: Sequence[dict[str, Any]], best: Sequence[str], metric: str, name: str) -> str:
+    """Draws each method as a point, its label beside it: bytes of the whole run (log) and score, mean and deviation over seeds.
+
+    Args:
+        rows: Of a comparison's summary, with `total_bytes`.
+        best: Labels on the Pareto front, from the fewest bytes.
+        metric: Name of the upright axis.
+        name: Unique on the page.
+    """
+    figure, axes = _axes(WIDE, _tall(len(rows)))
+    style = looks_of(rows)
+    points = {row["label"]: row for row in rows if row["kind"] == "method" and row["score"] is not None and row["total_bytes"]}
+    if not points:
+        return ""
+    for label, row in points.items():
+        look = style[label]
+        x, y, deviation = row["total_bytes"], row["score"], row["score_sd"]
+        bar = {"ecolor": look.colour, "elinewidth": 1.1, "capsize": 2.5, "yerr": deviation or None}
+        axes.errorbar([x], [y], color=look.colour, marker=look.marker, markersize=7, markeredgecolor="white", zorder=3, **bar)
+    for row in rows:
+        if row["kind"] != "method" and row["score"] is not None:
+            look = style[row["label"]]
+            axes.axhline(row["score"], color=look.colour, linestyle=look.dash, linewidth=1.2, zorder=1)
+    axes.margins(x=0.16, y=0.12)
+    _log_bytes(axes)
+    low, high = axes.get_xlim()
+    if high / low < 4:
+        # Points close together would otherwise be set apart by a scale without a tick.
+        middle = math.sqrt(low * high)
+        axes.set_xlim(middle / 2.2, middle * 2.2)
+        _log_bytes(axes)
+    axes.set_xlim(axes.get_xlim())
+    edge = [(points[label]["total_bytes"], points[label]["score"]) for label in best if label in points]
+    # Only as far as the axes reach: what more bytes would bring is not known.
+    edge.append((axes.get_xlim()[1], edge[-1][1]))
+    axes.step([x for x, _ in edge], [y for _, y in edge], where="post", color="#9aa5b1", linewidth=1.4, zorder=2)
+    axes.set_xlabel("sent and received per client over the whole run")
+    axes.set_ylabel(metric)
+    # What a label should not lie across: deviations, the front's steps, the baselines.
+    lines = [(x, row["score"] - (row["score_sd"] or 0), x, row["score"] + (row["score_sd"] or 0)) for x, row in _placed(points)]
+    lines += [(x, y, later, y) for (x, y), (later, _) in itertools.pairwise(edge)]
+    lines += [(later, y, later, higher) for (_, y), (later, higher) in itertools.pairwise(edge)]
+    baselines = [row["score"] for row in rows if row["kind"] != "method" and row["score"] is not None]
+    lines += [(axes.get_xlim()[0], y, axes.get_xlim()[1], y) for y in baselines]
+    _name_points(axes, [(x, row["score"], row["label"], style[row["label"]].colour) for x, row in _placed(points)], lines)
+    for row in rows:
+        if row["kind"] != "method" and row["score"] is not None:
+            place = (1.0, row["score"])
+            text = axes.annotate(
+                row["label"], place, (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center"
+            )
+            text.set(fontsize=8.8, color=style[row["label"]].colour)
+    told = ", ".join(
+        f"{label} {words.score(row['score'])} at {words.size(row['total_bytes'])}" for label, row in points.items()
+    )
+    return _svg(figure, name, f"{metric} against bytes per client, log scale: {told}. Pareto front: {', '.join(best)}.")
+
+
+def _tall(labels: int) -> float:
+    """Height in inches at which so many labels find room beside the axes."""
+    return max(3.2, 0.8 + 0.19 * labels)
+
+
+def _placed(points: dict[str, dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    return [(row["total_bytes"], row) for row in points.values()]
+
+
+Box = tuple[float, float, float, float]
+"""Left, low, right, high."""
+
+
+def _name_points(axes: Any, points: list[tuple[float, float, str, str]], lines: list[Box]) -> None:
+    """Writes each point's label beside it, clear of other points and labels, and of lines where there is room for that.
+
+    Args:
+        axes: Where.
+        points: (x, y, label, colour).
+        lines: Upright or level ones, as boxes without width, in units of the axes.
+    """
+    figure = axes.figure
+    figure.canvas.draw()  # settles the layout, so that places in pixels are final
+    inch = figure.dpi
+    centres = [axes.transData.transform((x, y)) for x, y, *_ in points]
+    taken = [(x - 0.06 * inch, y - 0.06 * inch, x + 0.06 * inch, y + 0.06 * inch) for x, y in centres]
+    frame = axes.get_window_extent()
+    ends = axes.transData.transform([corner for x, y, right, high in lines for corner in ((x, y), (right, high))]).reshape(
+        -1, 4
+    )
+    crossed = [(min(x, right) - 1, min(y, high) - 1, max(x, right) + 1, max(y, high) + 1) for x, y, right, high in ends]
+    for (*_, label, colour), (left, low) in zip(points, centres):
+        text = words.end(label, 18)
+        width, height = 0.068 * inch * len(text), 0.15 * inch
+        boxes = list(_around(left, low, width, height, inch))
+        inside = [
+            box for box in boxes if frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
+        ]
+        free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
+        clear = [box for box in free if not any(_overlap(box, other) for other in crossed)]
+        box = (clear or free or inside or boxes)[0]
+        taken.append(box)
+        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        if math.hypot(middle[0] - left, middle[1] - low) > 0.15 * inch + width / 2:
+            link = axes.transData.inverted().transform([(left, low), (min(max(left, box[0]), box[2]), middle[1])])
+            axes.plot(link[:, 0], link[:, 1], color=colour, linewidth=0.6, alpha=0.7, zorder=2)
+        place = axes.transData.inverted().transform(middle)
+        axes.text(*place, text, ha="center", va="center", fontsize=8.8, color=colour, zorder=4)
+
+
+def _around(x: float, y: float, width: float, height: float, inch: float) -> Iterator[Box]:
+    """Yields boxes for a label around a point, the nearest first."""
+    for far in (0.08, 0.2, 0.35, 0.5, 0.7, 0.95, 1.2):
+        reach = far * inch
+        for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
+            left = x - width / 2 + across * (width / 2 + reach)
+            low = y - height / 2 + up * (height / 2 + reach)
+            yield left, low, left + width, low + height
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 @styled

@@ -51,7 +51,7 @@ def write_html(jobs: Sequence[Job], path: Path) -> Path:
         f"<h1>{say(title)}</h1>",
         f'<p class="{lead}">{say(first)}</p>',
         *(f"<p>{say(sentence)}</p>" for sentence in others),
-        _facts(jobs),
+        facts(jobs),
         _closing_table(told, shown),
         *_score_figures(told, shown),
         _by_client(told),
@@ -65,18 +65,23 @@ def write_html(jobs: Sequence[Job], path: Path) -> Path:
         _provenance(shown),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{say(title)} – umbel report</title>\n<style>\n{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + f"\n<footer>Written by umbel report {_version(shown)}from the run’s own files.</footer>\n</main>\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    footer = f"Written by umbel report {version(shown)}from the run’s own files."
+    path.write_text(document(f"{title} – umbel report", parts, footer), encoding="utf-8")
     return path
 
 
-def _facts(jobs: Sequence[Job]) -> str:
+def document(title: str, parts: Sequence[str], footer: str) -> str:
+    """Returns a whole page of parts that are HTML; title and footer are text, or HTML that was made safe."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{say(title)}</title>\n<style>\n{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n<footer>{footer}</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def facts(jobs: Sequence[Job]) -> str:
     """Returns what the runs have in common, as tiles; what differs between them is left to the details."""
     runs = [run for job in jobs for run in (*job.methods, *([job.central] if job.central else []))]
     methods = [run for job in jobs for run in job.methods]
@@ -343,11 +348,11 @@ def _refused(shown: Sequence[Entry]) -> str:
 
 def _provenance(shown: Sequence[Entry]) -> str:
     runs = [(entry.label, run) for entry in shown if entry.kind != "local" for run in entry.runs]
-    boxes = "".join(_run_details(label, run) for label, run in runs if run.info)
+    boxes = "".join(run_details(label, run) for label, run in runs if run.info)
     return f"<h2>How to get these numbers again</h2>{boxes}" if boxes else ""
 
 
-def _run_details(label: str, run: Run) -> str:
+def run_details(label: str, run: Run) -> str:
     """Returns one run's resolved configuration, versions, machine and hashes."""
     try:
         config = (run.folder / "run.toml").read_text(encoding="utf-8", errors="replace")
@@ -383,7 +388,7 @@ def _plain(key: str, value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _version(shown: Sequence[Entry]) -> str:
+def version(shown: Sequence[Entry]) -> str:
     """Returns the version that made the runs, where they agree."""
     known = {str(run.info["umbel"]) for entry in shown for run in entry.runs if run.info.get("umbel")}
     return f"(runs made with umbel {say(known.pop())}) " if len(known) == 1 else ""
