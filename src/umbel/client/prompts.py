@@ -67,16 +67,16 @@ def options(row: Row, config: Config) -> list[str]:
     """Returns a row's own options (`task.choices`).
 
     Raises:
-        ConfigError: They are not 2 to 26 different texts.
+        ConfigError: They are not 2 to 26.
     """
     value = row[config.task.choices]
     found = [string(item) for item in value] if isinstance(value, list) else string(value).split()[-1:]
     if not isinstance(value, list) and found:
         found = found[0].split("/")
-    if not 2 <= len(found) <= len(LETTERS) or len(set(found)) < len(found):
+    if not 2 <= len(found) <= len(LETTERS):
         raise ConfigError(
             f"task.choices = {config.task.choices!r}: a row has {string(value)[-80:]!r} there, allowed: a list of 2 to "
-            f"{len(LETTERS)} different options, or a text whose last word is such options between slashes"
+            f"{len(LETTERS)} options, or a text whose last word is such options between slashes"
         )
     return found
 
@@ -113,13 +113,17 @@ def with_choices(row: Row, config: Config) -> Row:
     return row | {"lettered_choices": "\n".join(lines)}
 
 
-def option_answers(row: Row, tokenizer: Any, config: Config) -> list[list[int]]:
-    """Returns for each of a row's own options the tokens of its answer, with the end of the turn."""
-    template, end = config.task.response or "{choice}", end_of_turn(tokenizer)
+def option_texts(row: Row, config: Config) -> list[str]:
+    """Returns for each of a row's own options the answer that it would be."""
+    template = config.task.response or "{choice}"
     given = zip(LETTERS, options(row, config))
-    return [
-        [*_tokens(render(template, row | {"choice": option, "letter": letter}), tokenizer), end] for letter, option in given
-    ]
+    return [render(template, row | {"choice": option, "letter": letter}) for letter, option in given]
+
+
+def option_answers(row: Row, tokenizer: Any, config: Config) -> list[list[int]]:
+    """Returns the tokens of `option_texts`, each with the end of the turn."""
+    end = end_of_turn(tokenizer)
+    return [[*_tokens(text, tokenizer), end] for text in option_texts(row, config)]
 
 
 @dataclass(frozen=True)
