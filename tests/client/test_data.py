@@ -312,11 +312,12 @@ def test_the_right_option_becomes_its_letter_whatever_the_file_calls_it(tmp_path
         {"text": "t", "options": ["x", "y"], "label": "B"},
         {"text": "t", "options": "choose: yes/no", "label": "yes"},
         {"text": "t", "options": ["x", "x", "y"], "label": "A"},
+        {"text": "t", "options": ["x", "x", "y"], "label": "2"},
     ]
     path = write_jsonl(tmp_path / "own.jsonl", rows)
     dataset = load(configure({"train": path, "test": path}, Split(clients=1), OWN))
-    assert [row["label"] for row in dataset.test] == ["B", "C", "B", "A", "A"]
-    assert [row["label"] for row in dataset.train] == ["B", "C", "B", "A", "A"]
+    assert [row["label"] for row in dataset.test] == ["B", "C", "B", "A", "A", "C"]
+    assert [row["label"] for row in dataset.train] == ["B", "C", "B", "A", "A", "C"]
 
 
 @pytest.mark.parametrize(

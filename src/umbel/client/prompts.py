@@ -84,7 +84,7 @@ def options(row: Row, config: Config) -> list[str]:
 def right_letter(row: Row, config: Config) -> str:
     """Returns the letter of the right one of a row's options, "A" for the first.
 
-    A number is the option's place, counted from 0; a text is the option itself, or its letter.
+    A number is the option's place, counted from 0; a text is the option itself, or its letter, or else such a number.
 
     Raises:
         ConfigError: `data.label` names none of them, or two.
@@ -94,9 +94,9 @@ def right_letter(row: Row, config: Config) -> str:
     if isinstance(label, int) and not isinstance(label, bool):
         named = {label} & set(range(len(known)))
     else:
-        named = {i for i, option in enumerate(known) if option == string(label)} | {
-            i for i, letter in enumerate(letters) if letter == label
-        }
+        named = {i for i, option in enumerate(known) if string(label) in (option, letters[i])}
+        # Some files write the number as a text.
+        named = named or {i for i in range(len(known)) if str(i) == label}
     if len(named) != 1:
         raise ConfigError(
             f"data.label = {config.data.label!r}: a row says {label!r}, which names {'two' if named else 'none'} of its "
