@@ -143,6 +143,19 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path, command):
     assert "empty" in mistake(command, "empty")
 
 
+def test_eval_on_other_tasks_says_what_it_needs(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "task.toml").write_text("")
+    assert (
+        mistake("eval", "a", "--set", "data.test=x")
+        == "--set changes keys of the files that --config names; give --config, too"
+    )
+    assert mistake("eval", "a", "--config", "missing.toml") == "no configuration file 'missing.toml'"
+    assert "called 'task'" in mistake("eval", "a", "--config", "a/task.toml", "--config", "b/task.toml")
+    assert "a has no adapter/" in mistake("eval", "a", "--config", "a/task.toml")
+
+
 def test_methods_prints_every_method_as_a_table_and_as_json(tmp_path):
     code, out, err = umbel("methods", "--json")
     assert (code, err) == (0, "")

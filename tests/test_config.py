@@ -6,7 +6,7 @@ import tomllib
 import pytest
 import tomli_w
 
-from umbel.config import Config, ConfigError, MethodChoice, configs, from_table, override, read, to_table
+from umbel.config import Config, ConfigError, Data, MethodChoice, Task, configs, for_task, from_table, override, read, to_table
 
 MINIMAL = {
     "model": {"name": "some-model"},
@@ -164,6 +164,9 @@ def test_a_key_that_every_run_needs_is_asked_for(missing):
     assert refused(given).startswith(f"{missing} is missing")
 
 
+INSTRUCTION = ["task.kind=instruction", "task.response={reply}"]
+
+
 @pytest.mark.parametrize(
     ("assignments", "says"),
     [
@@ -171,11 +174,53 @@ def test_a_key_that_every_run_needs_is_asked_for(missing):
         (["split.kind=by"], "split.column is missing"),
         (["task.kind=instruction"], "task.response is missing"),
         (["task.kind=choice", "model.pooling=mean"], "model.pooling = 'mean' is for task.kind = 'classification'"),
+        (["task.choices=options"], "task.choices = 'options' is for task.kind = 'choice' (got 'classification')"),
+        (["task.kind=choice", "task.choices=x", "data.labels=['a']"], "task.choices = 'x' is for task.kind = 'choice'"),
+        ([*INSTRUCTION, "task.answer=x"], "task.answer = 'x', task.program = '' and task.exact_match_rows = 0: give one"),
+        ([*INSTRUCTION, "task.exact_match_rows=3"], "task.answer = '', task.program = '' and task.exact_match_rows = 3"),
+        ([*INSTRUCTION, "task.program=x", "task.exact_match_rows=3"], "task.program runs code that a model wrote"),
+        (
+            [*INSTRUCTION, "task.program=x", "task.answer=x", "task.exact_match_rows=3", "task.allow_code_execution=true"],
+            "task.answer and task.program: give one of the two",
+        ),
         (["split.clients=0", "split.kind=dirichlet"], "split.clients: got 0, allowed: 1 or more for split.kind = 'dirichlet'"),
     ],
 )
 def test_values_that_do_not_fit_each_other_are_refused(assignments, says):
     assert refused(table(assignments)).startswith(says)
+
+
+def test_another_task_takes_the_place_of_the_runs_own():
+    run = only(table([*INSTRUCTION, "data.validation=0.5", "training.bf16=true", "lora.r=3"]))
+    other = for_task(
+        run,
+        {
+            "data": {"test": "b.jsonl", "max_length": 99},
+            "task": {"kind": "choice", "choices": "options"},
+            "training": {"per_device_eval_batch_size": 2},
+        },
+    )
+    assert other.data == Data(train=run.data.train, test="b.jsonl", max_length=99)
+    assert other.task == Task(kind="choice", choices="options")
+    assert (other.training.per_device_eval_batch_size, other.training.bf16, other.lora.r) == (2, True, 3)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"model": {"name": "x"}}, r"'model' is not for scoring a finished run"),
+        ({"training": {"max_steps": 1}}, r"'training\.max_steps' is not for scoring a finished run"),
+        ({"data": {"tests": "x"}}, r"unknown key 'data\.tests'. Did you mean 'test'"),
+        ({"task": {}}, r"task\.kind: got 'classification' for a run of kind 'instruction'"),
+        (
+            {"task": {"kind": "instruction", "response": "x", "program": "x", "exact_match_rows": 1}},
+            r"task\.allow_code_execution = true",
+        ),
+    ],
+)
+def test_what_cannot_be_another_task_is_refused(other, says):
+    with pytest.raises(ConfigError, match=says):
+        for_task(only(table(INSTRUCTION)), other)
 
 
 def test_a_split_by_column_or_files_needs_no_number_of_clients():

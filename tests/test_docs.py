@@ -9,11 +9,13 @@ from typer.main import get_command
 
 from umbel import compare, method
 from umbel.cli import app
-from umbel.config import configs
+from umbel.config import ConfigError, configs, for_task
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.toml"))
+TASKS = sorted(ROOT.glob("examples/tasks/*.toml"))
+RUN = configs(tomllib.loads((ROOT / "examples" / "gsm8k.toml").read_text(encoding="utf-8")))["florist"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -53,9 +55,21 @@ def test_every_example_is_a_configuration_that_is_accepted(example: Path) -> Non
     assert compare.read(table) if "compare" in table else configs(table)
 
 
+@pytest.mark.parametrize("example", TASKS, ids=lambda path: path.name)
+def test_every_example_of_a_task_is_accepted_and_has_its_place_on_the_page(example: Path) -> None:
+    table = tomllib.loads(example.read_text(encoding="utf-8"))
+    if "program" in table["task"]:
+        with pytest.raises(ConfigError, match=r"task\.allow_code_execution = true"):
+            for_task(RUN, table)
+        table["task"]["allow_code_execution"] = True
+    assert for_task(RUN, table).data.test
+    assert f"examples/tasks/{example.name}" in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
 def test_there_are_examples_and_pages() -> None:
     assert {"quickstart.toml", "quickstart-llm.toml", "gsm8k.toml"} <= {path.name for path in EXAMPLES}
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in PAGES}
+    assert len(TASKS) == 13
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -130,7 +130,11 @@ def eval_command(
 
         if assignments and not files:
             raise config.ConfigError("--set changes keys of the files that --config names; give --config, too")
-        tables = {file.stem: config.read(file, assignments) for file in files or []}
+        tables: dict[str, dict[str, Any]] = {}
+        for file in files or []:
+            if file.stem in tables:
+                raise config.ConfigError(f"--config: two files are called {file.stem!r}, which names their scores; rename one")
+            tables[file.stem] = config.read(file, assignments)
         with _scoring(as_json) as progress:
             if files:
                 scores = running.evaluate_on(folder, tables, out, progress)

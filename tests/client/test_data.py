@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from umbel.client.data import Dataset, fingerprint, load, locate, read_rows
+from umbel.client.data import Dataset, fingerprint, load, load_test, locate, read_rows
 from umbel.config import Config, ConfigError, Data, Split, Task
 
 
@@ -298,3 +298,59 @@ def test_instruction_rows_need_no_label(tmp_path):
 def test_a_dataset_can_be_made_by_hand():
     dataset = Dataset([{"label": "a"}], [{"label": "a"}], ["a"], [0], [0], 1)
     assert dataset.manifest()["rows"] == {"train": [[0]], "test": [[0]]}
+
+
+# Options of each row's own, and test rows alone
+
+OWN = Task(kind="choice", prompt="{text} {lettered_choices}", choices="options", response="{letter} {choice}")
+
+
+def test_the_right_option_becomes_its_letter_whatever_the_file_calls_it(tmp_path):
+    rows = [
+        {"text": "t", "options": ["3", "0", "1"], "label": 1},
+        {"text": "t", "options": ["3", "0", "1"], "label": "1"},
+        {"text": "t", "options": ["x", "y"], "label": "B"},
+        {"text": "t", "options": "choose: yes/no", "label": "yes"},
+        {"text": "t", "options": ["x", "x", "y"], "label": "A"},
+        {"text": "t", "options": ["x", "x", "y"], "label": "2"},
+    ]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    dataset = load(configure({"train": path, "test": path}, Split(clients=1), OWN))
+    assert [row["label"] for row in dataset.test] == ["B", "C", "B", "A", "A", "C"]
+    assert [row["label"] for row in dataset.train] == ["B", "C", "B", "A", "A", "C"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"options": ["x", "y"], "label": 2}, r"row 1: .*says 2, which names none of its options"),
+        ({"options": ["x", "y"], "label": "C"}, r"names none .* its letter \(A to B\)"),
+        ({"options": ["B", "x"], "label": "B"}, r"names two"),
+        ({"options": ["x", "x"], "label": "x"}, r"names two"),
+        ({"options": ["x"], "label": 0}, r"allowed: a list of 2 to 26 options"),
+        ({"options": "no slashes", "label": 0}, r"has 'no slashes' there"),
+        ({"options": "", "label": 0}, r"has '' there"),
+    ],
+)
+def test_options_that_cannot_be_scored_name_the_row(tmp_path, row, says):
+    path = write_jsonl(tmp_path / "own.jsonl", [{"text": "t", "options": ["x", "y"], "label": 0}, {"text": "t", **row}])
+    with pytest.raises(ConfigError, match=says):
+        load_test(configure({"test": path}, task=OWN))
+
+
+def test_test_rows_alone_need_no_training_rows_and_no_training_labels(tmp_path, files):
+    dataset = load_test(configure({"test": files["test"]}, task=Task(kind="choice"), max_test_rows=10))
+    assert (len(dataset.test), dataset.train, dataset.clients) == (10, [], 1)
+    assert dataset.labels == ["a", "b", "c"]
+    assert dataset.hashes["test"] == fingerprint(files["test"], [])
+    with pytest.raises(ConfigError, match=r"data\.test is missing"):
+        load_test(configure({}))
+
+
+def test_columns_of_a_program_are_asked_of_the_test_rows_only(tmp_path):
+    task = Task(kind="instruction", prompt="{text}", response="{text}", program="{candidate}\n{tests}", exact_match_rows=1)
+    train = write_jsonl(tmp_path / "train.jsonl", [{"text": "x"}])
+    test = write_jsonl(tmp_path / "test.jsonl", [{"text": "x", "tests": ["assert x", "assert y"]}])
+    assert len(load(configure({"train": train, "test": test}, Split(clients=1), task)).test) == 1
+    with pytest.raises(ConfigError, match=r"no column 'tests', which task\.program \{tests\} names"):
+        load(configure({"train": train, "test": train}, Split(clients=1), task))

@@ -1,5 +1,7 @@
 """Scores against the same numbers computed row by row, without batches, padding or caches."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,20 @@ from torch.nn import functional
 
 import tiny
 from umbel.client import evaluate as evaluation
-from umbel.client.evaluate import answer_scores, evaluate, generate, last_match, metric
-from umbel.client.prompts import IGNORED, collate, encode, end_of_turn, label_answers, prompt_ids
+from umbel.client.evaluate import (
+    answer_scores,
+    as_json,
+    evaluate,
+    generate,
+    last_match,
+    last_number,
+    metric,
+    number,
+    same,
+    score,
+    summary,
+)
+from umbel.client.prompts import IGNORED, collate, encode, end_of_turn, label_answers, option_answers, prompt_ids
 from umbel.config import Config, ConfigError, Data, Task, Training
 
 LABELS = sorted(tiny.TOPICS)
@@ -295,3 +309,114 @@ def test_the_last_match_is_the_group_where_there_is_one():
 def test_the_metric_follows_the_task():
     assert metric(configure("classification")) == metric(configure("choice")) == {"name": "accuracy", "better": "higher"}
     assert metric(configure("instruction")) == {"name": "loss", "better": "lower"}
+
+
+# Options of each row's own
+
+OWN = Task(kind="choice", prompt="{text}", choices="options", response="it was {choice}")
+OPTIONS = [["sea", "sky wing moon"], ["soil", "sea", "root seed worm clay"], ["port", "sail", "the", "of it"]]
+OWN_ROWS = [
+    {"text": row["text"], "options": OPTIONS[i % 3], "label": "ABCD"[i % len(OPTIONS[i % 3])]} for i, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize("size", [1, 9, 64])
+def test_each_row_is_scored_over_its_own_options(llama, tokenizer, size):
+    config = replace(configure("choice", size), task=OWN)
+    scored = score(llama, tokenizer, OWN_ROWS, [], config)
+    right, normed, loss, tokens = 0, 0, 0.0, 0
+    for row, own in zip(OWN_ROWS, scored, strict=True):
+        answers = option_answers(row, tokenizer, config)
+        prompt = prompt_ids(row, tokenizer, config, 32 - max(map(len, answers)))
+        likelihoods = [log_likelihood(llama, prompt, answer) for answer in answers]
+        truth = "ABCD".index(row["label"])
+        assert own["likelihoods"] == pytest.approx(likelihoods, abs=1e-4)
+        best = max(range(len(answers)), key=likelihoods.__getitem__)
+        assert own["got"] == "ABCD"[best]
+        right += best == truth
+        by_length = [x / len("it was " + option) for x, option in zip(likelihoods, row["options"], strict=True)]
+        normed += max(range(len(answers)), key=by_length.__getitem__) == truth
+        loss, tokens = loss - likelihoods[truth], tokens + len(answers[truth])
+    assert summary(scored, config) == {
+        "accuracy": right / 25,
+        "accuracy_norm": normed / 25,
+        "loss": pytest.approx(loss / tokens, rel=1e-4),
+        "rows": 25,
+    }
+    assert 0 < right < 25
+    assert normed != right, "the two differ, or this would not tell them apart"
+
+
+# Numbers, strict and flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "flexible"),
+    [("It is $1,024.00.", True), ("#### 7 or -1,024", False), ("so 1024 ...", True), ("1024 then 3", False), ("none", False)],
+)
+def test_the_last_number_anywhere_counts_as_flexible(llama, tokenizer, monkeypatch, text, flexible):
+    rows = [{"text": "ship", "reply": "on #### 1,024"}]
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, bound: [text])
+    config = configure("instruction")
+    config = replace(config, task=replace(config.task, answer=r"#### (-?[0-9.,]+)", exact_match_rows=1))
+    scores = evaluate(llama, tokenizer, rows, [], config)
+    assert (scores["exact_match"], scores["exact_match_flexible"]) == (0, flexible)
+
+
+def test_numbers_are_compared_as_numbers():
+    for one, other in (("1,024", "1024.0"), ("$18.", "18"), ("-3", "-3.00"), ("0.5", ".5")):
+        assert same(one, other)
+    for one, other in (("18", "-18"), ("1.024", "1,024"), (None, "18"), ("", "0"), ("nan", "18"), ("eighteen", "18")):
+        assert not same(one, other)
+    assert same("blue", "blue")
+    assert number("nan") is number("inf") is number("") is number("1.2.3") is None
+    assert [last_number(text) for text in ("a 3 and 1,5.", "wait...", "x=-2", "")] == ["1,5.", None, "-2", None]
+
+
+def test_where_the_answer_is_no_number_nothing_is_flexible(taught, tokenizer):
+    config = configure("instruction")
+    config = replace(config, task=replace(config.task, answer=r"was (\w+)", exact_match_rows=5, max_new_tokens=5))
+    scored = score(taught, tokenizer, ROWS, [], config)
+    assert set(summary(scored, config)) == {"exact_match", "exact_match_rows", "loss", "rows"}
+    generated = [row for row in scored if "text" in row]
+    assert len(generated) == 5
+    assert all(row["text"].startswith("it was ") and row["right"] == (row["got"] == row["wanted"]) for row in generated)
+
+
+# Programs
+
+
+def test_pass_at_1_is_the_share_of_replies_whose_program_passes(taught, tokenizer):
+    config = configure("instruction")
+    program = "reply = '{candidate}'\nassert reply.split()[-1] == '{label}', reply"
+    task = replace(config.task, program=program, allow_code_execution=True, exact_match_rows=6, max_new_tokens=5)
+    rows = [row | {"label": row["label"] if i % 2 else "fire"} for i, row in enumerate(ROWS[:6])]
+    scored = score(taught, tokenizer, rows, [], replace(config, task=task))
+    scores = summary(scored, replace(config, task=task))
+    assert scores["pass_at_1"] == sum(row["right"] for row in scored) / 6
+    assert (scores["pass_at_1_rows"], scores["rows"]) == (6, 6)
+    for row, own in zip(rows, scored, strict=True):
+        assert own["right"] == (own["text"] == f"it was {row['label']}")
+        assert own["got"] == ("passed" if own["right"] else f"AssertionError: {own['text']}")
+    assert 0 < scores["pass_at_1"] <= 0.5
+
+
+# Scores of every row
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_metrics_are_made_again_from_rows_that_went_through_json(kind, encoder, llama, tokenizer):
+    model, tokens = encoder if kind == "classification" else (llama, tokenizer)
+    config = configure(kind)
+    scored = score(model, tokens, ROWS, LABELS, config)
+    again = [json.loads(json.dumps(as_json(row), allow_nan=False)) for row in scored]
+    assert summary(again, config) == evaluate(model, tokens, ROWS, LABELS, config)
+
+
+def test_a_loss_that_is_no_number_is_null_in_json_and_leaves_the_rest():
+    rows = [{"right": True, "loss": 1.0}, {"right": False, "loss": math.inf, "likelihoods": [-math.inf, -1.0]}]
+    written = [as_json(row) for row in rows]
+    assert written[1] == {"right": False, "loss": None, "likelihoods": [None, -1.0]}
+    scores = summary(written, configure("classification"))
+    assert scores["accuracy"] == 0.5
+    assert math.isnan(scores["loss"])

@@ -14,6 +14,7 @@ from umbel.client.prompts import (
     encode,
     end_of_turn,
     label_answers,
+    option_answers,
     pad_id,
     prompt_ids,
     render,
@@ -218,3 +219,33 @@ def test_batches_of_labelled_texts_hold_one_index_each():
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end(by_bytes, plain):
     assert pad_id(by_bytes) == by_bytes.eos_token_id
     assert pad_id(plain) == plain.pad_token_id
+
+
+def test_the_items_of_a_list_are_lines():
+    assert render("{tests}|{none}", {"tests": ["assert x", 2, None], "none": []}) == "assert x\n2\n|"
+
+
+OWN = Task(kind="choice", prompt="the {text} {lettered_choices} of", choices="options", response="it was {choice}")
+
+
+def test_of_a_rows_own_options_the_right_one_is_learned(chat):
+    config = Config(task=OWN, data=Data(max_length=64))
+    rows = [
+        {"text": "ship", "options": ["sea", "sky on the star", "soil"], "label": "C"},
+        {"text": "moon", "options": "and sky/sea", "label": "A"},
+    ]
+    examples = encode(rows, chat, config, [])
+    learned = [chat.decode([x for x in example.labels if x != IGNORED]) for example in examples]
+    assert learned == ["it was soil [SEP]", "it was sky [SEP]"]
+    prompts = [chat.decode(example.input_ids[: example.prompt_length]) for example in examples]
+    # [UNK] are the letters, which the tiny vocabulary lacks.
+    assert prompts[0] == "<user> the ship [UNK] sea [UNK] sky on the star [UNK] soil of [SEP] <assistant>"
+    assert [chat.decode(answer) for answer in option_answers(rows[1], chat, config)] == ["it was sky [SEP]", "it was sea [SEP]"]
+
+
+def test_a_row_leaves_room_for_the_longest_of_its_own_options(chat):
+    config = Config(task=replace(OWN, prompt="{text}", response=""), data=Data(max_length=12))
+    short = {"text": "ship " * 30, "options": ["sea", "sky"], "label": "A"}
+    long = {"text": "ship " * 30, "options": ["sea", "sky on the star on the star"], "label": "A"}
+    lengths = [example.prompt_length for example in encode([short, long], chat, config, [])]
+    assert lengths == [12 - 2, 12 - 8]

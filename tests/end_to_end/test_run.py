@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 import tiny
 from umbel import method as methods
 from umbel import run as running
 from umbel import wire
+from umbel.cli import app
 from umbel.client import publish
 from umbel.client.adapter import Adapter
 from umbel.client.client import Client, Resident, tokens
 from umbel.client.data import collate
 from umbel.client.data import load as load_data
+from umbel.client.evaluate import summary
 from umbel.client.fit import batches
 from umbel.client.model import load as load_model
-from umbel.config import configs, from_table
+from umbel.config import ConfigError, configs, for_task, from_table
 from umbel.engine import Ask, Reply
 from umbel.engine.local import Local
 from umbel.loop import Plan, federate
@@ -152,6 +156,78 @@ def test_eval_scores_the_folder_as_the_run_did(job: Path, causal_job: Path) -> N
         assert again["loss"] == pytest.approx(lines(folder)[-1]["global"]["loss"], rel=1e-4)
 
 
+def test_the_scores_of_every_row_make_the_metrics_again(job: Path, causal_job: Path) -> None:
+    for folder in (job / "florist", job / "central", job / "local" / "client-1", causal_job / "fed_sb"):
+        config = from_table(json.loads((folder / "run.json").read_text())["config"])
+        last = lines(folder)[-1]
+        rows = scores_of(folder, OBSERVER)
+        assert [row["row"] for row in rows] == list(range(45))
+        assert summary(rows, config) == last["global"]
+        for client, own in last["local"].items():
+            rows = scores_of(folder, int(client))
+            assert {row["client"] for row in rows} == {int(client)}
+            assert summary(rows, config) == own
+    manifest = json.loads((job / "split.json").read_text())
+    owners = [row["client"] for row in scores_of(job / "florist", OBSERVER)]
+    assert [owners.count(k) for k in range(3)] == [len(own) for own in manifest["rows"]["test"]]
+
+
+def scores_of(folder: Path, client: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "clients" / str(client) / "scores.jsonl").read_text().splitlines()]
+
+
+def test_a_causal_run_is_scored_on_other_tasks(causal_job: Path, tmp_path: Path) -> None:
+    folder = causal_job / "florist"
+    config = from_table(json.loads((folder / "run.json").read_text())["config"])
+    options = [["sea", "sky", "soil"], ["sky", "sea"]]
+    rows = [
+        {"text": row["text"], "options": options[i % 2], "label": options[i % 2].index(row["label"])}
+        for i, row in enumerate(tiny.texts(40, seed=4))
+        if row["label"] in options[i % 2]
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tables = {
+        "again": {"data": {"test": config.data.test, "max_length": 32}, "task": {"kind": "choice", "prompt": "{text}"}},
+        "own": {
+            "data": {"test": str(tmp_path / "own.jsonl"), "max_length": 48},
+            "task": {"kind": "choice", "prompt": "{text}", "choices": "options"},
+        },
+    }
+    seen: list[tuple[str, int, int]] = []
+    scores = running.evaluate_on(folder, tables, tmp_path / "out", lambda *step: seen.append(step))
+    assert scores["again"] == pytest.approx(running.evaluate_again(folder), rel=1e-6)
+    assert scores["own"]["rows"] == len(rows)
+    for name in tables:
+        kept = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        assert summary(kept, for_task(config, tables[name])) == scores[name]
+    assert seen[-1] == ("own", len(rows), len(rows))
+    (tmp_path / "own.toml").write_text(tomli_w.dumps(tables["own"]), encoding="utf-8")
+    arguments = ["eval", str(folder), "--config", str(tmp_path / "own.toml"), "--out", str(tmp_path / "again")]
+    said = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(said.stdout) == {"own": scores["own"]}
+    assert (tmp_path / "again" / "own.jsonl").read_bytes() == (tmp_path / "out" / "own.jsonl").read_bytes()
+    said = CliRunner().invoke(app, [*arguments, "--set", "data.max_test_rows=5"])
+    assert [line.split()[-1] for line in said.stdout.strip().splitlines()] == ["rows", "5"]
+    with pytest.raises(ConfigError, match="allowed by this model: at most"):
+        running.evaluate_on(folder, {"long": {**tables["again"], "data": {"test": config.data.test, "max_length": 10**6}}})
+
+
+def test_a_run_trains_on_options_of_each_rows_own(tmp_path: Path) -> None:
+    table = tiny.causal_table(
+        tmp_path,
+        {"name": "florist"},
+        rounds=3,
+        task={"kind": "choice", "prompt": "{text}", "choices": "options", "response": "it was {choice}"},
+        training={"max_steps": 12},
+    )
+    for which, rows, seed in (("train", 90, 1), ("test", 45, 2)):
+        own = [row | {"options": "sea/sky/soil"} for row in tiny.texts(rows, seed)]
+        Path(table["data"][which]).write_text("\n".join(map(json.dumps, own)), encoding="utf-8")
+    rounds = lines(running.run(table, tmp_path / "run"))
+    assert rounds[-1]["global"]["loss"] < rounds[0]["global"]["loss"] - 0.1
+    assert set(rounds[-1]["global"]) == {"accuracy", "accuracy_norm", "loss", "rows"}
+
+
 def test_a_head_that_reads_one_token_is_saved_where_peft_looks_for_it(tmp_path: Path) -> None:
     table = tiny.table(tmp_path, {"name": "florist"}, model={"pooling": "model"})
     folder = running.run(table, tmp_path / "run")
@@ -185,6 +261,9 @@ def test_instruction_tuning_lowers_the_loss_and_reports_it_before_and_after(tmp_
     assert rounds[-1]["global"]["loss"] < rounds[0]["global"]["loss"]
     assert 0 <= rounds[-1]["global"]["exact_match"] <= 1
     assert rounds[-1]["global"]["exact_match_rows"] == 4
+    rows = scores_of(tmp_path / "run", OBSERVER)
+    assert summary(rows, configs(table)["florist"]) == rounds[-1]["global"]
+    assert sum("text" in row for row in rows) == 4
 
 
 def test_bfloat16_on_the_wire_halves_the_bytes_and_the_result_is_what_clients_hold(tmp_path: Path) -> None:

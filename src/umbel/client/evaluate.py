@@ -21,7 +21,7 @@ from umbel.client.prompts import (
     end_of_turn,
     label_answers,
     option_answers,
-    options,
+    option_texts,
     pad_id,
     prompt_ids,
     render,
@@ -72,7 +72,7 @@ def score(
 
     * Classification: "right", and "got", the likeliest label.
     * Choice: "right", and "got", the likeliest label name (`answer_scores`), or of `task.choices` the likeliest option's
-      letter; there also "right_norm", where each log-likelihood is divided by the number of the option's characters.
+      letter; there also "right_norm", where each log-likelihood is divided by the number of the answer's characters.
     * Instruction, in `task.exact_match_rows` rows, spread evenly over all: the "text" generated. With `task.answer` "got" and
       "wanted", and "right" where they are the same text or number; where all that is wanted are numbers also
       "right_flexible", for the last number anywhere in the text. With `task.program` "right" where the program
@@ -209,7 +209,7 @@ def _choice(
             got = _largest(scores)
             scored[i] = {"right": got == right, "got": names[got]}
             if own:
-                lengths = [len(option) for option in options(rows[i], config)]
+                lengths = map(len, option_texts(rows[i], config))
                 normed = [score / max(1, n) for score, n in zip(scores, lengths, strict=True)]
                 scored[i] |= {"right_norm": _largest(normed) == right, "likelihoods": scores}
             scored[i] |= {"loss": -scores[right], "tokens": len(answers[i][right])}

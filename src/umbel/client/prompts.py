@@ -67,16 +67,16 @@ def options(row: Row, config: Config) -> list[str]:
     """Returns a row's own options (`task.choices`).
 
     Raises:
-        ConfigError: They are not 2 to 26 different texts.
+        ConfigError: They are not 2 to 26.
     """
     value = row[config.task.choices]
     found = [string(item) for item in value] if isinstance(value, list) else string(value).split()[-1:]
     if not isinstance(value, list) and found:
         found = found[0].split("/")
-    if not 2 <= len(found) <= len(LETTERS) or len(set(found)) < len(found):
+    if not 2 <= len(found) <= len(LETTERS):
         raise ConfigError(
             f"task.choices = {config.task.choices!r}: a row has {string(value)[-80:]!r} there, allowed: a list of 2 to "
-            f"{len(LETTERS)} different options, or a text whose last word is such options between slashes"
+            f"{len(LETTERS)} options, or a text whose last word is such options between slashes"
         )
     return found
 
@@ -84,7 +84,7 @@ def options(row: Row, config: Config) -> list[str]:
 def right_letter(row: Row, config: Config) -> str:
     """Returns the letter of the right one of a row's options, "A" for the first.
 
-    A number is the option's place, counted from 0; a text is the option itself, or its letter.
+    A number is the option's place, counted from 0; a text is the option itself, or its letter, or else such a number.
 
     Raises:
         ConfigError: `data.label` names none of them, or two.
@@ -94,9 +94,9 @@ def right_letter(row: Row, config: Config) -> str:
     if isinstance(label, int) and not isinstance(label, bool):
         named = {label} & set(range(len(known)))
     else:
-        named = {i for i, option in enumerate(known) if option == string(label)} | {
-            i for i, letter in enumerate(letters) if letter == label
-        }
+        named = {i for i, option in enumerate(known) if string(label) in (option, letters[i])}
+        # Some files write the number as a text.
+        named = named or {i for i in range(len(known)) if str(i) == label}
     if len(named) != 1:
         raise ConfigError(
             f"data.label = {config.data.label!r}: a row says {label!r}, which names {'two' if named else 'none'} of its "
@@ -113,13 +113,17 @@ def with_choices(row: Row, config: Config) -> Row:
     return row | {"lettered_choices": "\n".join(lines)}
 
 
-def option_answers(row: Row, tokenizer: Any, config: Config) -> list[list[int]]:
-    """Returns for each of a row's own options the tokens of its answer, with the end of the turn."""
-    template, end = config.task.response or "{choice}", end_of_turn(tokenizer)
+def option_texts(row: Row, config: Config) -> list[str]:
+    """Returns for each of a row's own options the answer that it would be."""
+    template = config.task.response or "{choice}"
     given = zip(LETTERS, options(row, config))
-    return [
-        [*_tokens(render(template, row | {"choice": option, "letter": letter}), tokenizer), end] for letter, option in given
-    ]
+    return [render(template, row | {"choice": option, "letter": letter}) for letter, option in given]
+
+
+def option_answers(row: Row, tokenizer: Any, config: Config) -> list[list[int]]:
+    """Returns the tokens of `option_texts`, each with the end of the turn."""
+    end = end_of_turn(tokenizer)
+    return [[*_tokens(text, tokenizer), end] for text in option_texts(row, config)]
 
 
 @dataclass(frozen=True)
