@@ -72,7 +72,7 @@ def test_a_whole_number_will_do_where_a_fraction_is_wanted():
     [
         ({"round": 3}, "'round'", "'rounds'", "seed, rounds"),
         ({"modle": {"name": "x"}}, "'modle'", "'model'", "method, model, data"),
-        ({"lora": {"rank": 8, "target_modules": ["q"]}}, "'lora.rank'", "'rank_pattern'", "r, lora_alpha"),
+        ({"lora": {"rank_patern": {}, "target_modules": ["q"]}}, "'lora.rank_patern'", "'rank_pattern'", "r, rank_by"),
         ({"training": {"lr": 1.0}}, "'training.lr'", None, "learning_rate"),
         ({"training": {"learning_rte": 1.0}}, "'training.learning_rte'", "'learning_rate'", "learning_rate"),
         ({"training": {"batch_size": 4}}, "'training.batch_size'", "batch_size'", "per_device_train_batch_size"),

@@ -396,7 +396,11 @@ OPENING = {
     ),
     "has another rank": (
         saying(layers={**LAYERS, "tall": [10, 6, 4]}),
-        "layer 'tall': client 1 has LayerShape(d_out=10, d_in=6",
+        "layer 'tall': client 1 has rank 4, others 3; mixed ranks are for ",
+    ),
+    "has a rank beyond the layer": (
+        saying(layers={**LAYERS, "tall": [10, 6, 11]}),
+        "layer 'tall': client 1 says rank 11, allowed: 1 to 10",
     ),
     "has a layer more": (saying(layers={**LAYERS, "more": [1, 1, 1]}), "layer 'more': client 1 has LayerShape(d_out=1"),
     "has a layer less": (saying(layers={"wide": [7, 11, 3]}), "layer 'tall': client 1 has None"),
@@ -586,6 +590,7 @@ def test_every_line_has_the_fields_that_the_report_reads(tmp_path):
             "local",
             "global",
             "aggregation_error",
+            "aggregation_error_of_sum",
             "rank",
         ]
         assert line["round"] == number

@@ -133,15 +133,12 @@ def test_plain_parameters_that_do_not_fit_are_refused_and_leave_nothing_folded(p
 
 
 @pytest.mark.parametrize(("method", "sends"), [("fedit", ("A", "B")), ("fed_sb", ("R",))])
-def test_a_method_that_averages_refuses_another_rank_and_says_where_mixed_ranks_are_taken(method, sends):
+def test_a_method_that_averages_refuses_another_rank_and_says_which_is_allowed(method, sends):
     aggregator = Aggregator(load(method), server())
     with pytest.raises(Refused) as caught:
         aggregator.add(4, 1, upload(1, sends, rank=2), {})
     if method == "fedit":
-        assert str(caught.value) == (
-            "layer 'wide': client 4 sent factors of rank 2, others 3. fedit needs one rank; "
-            "`umbel methods` lists those that take mixed ranks"
-        )
+        assert str(caught.value) == ("layer 'wide': client 4 sent factors of rank 2, allowed: 3")
     else:
         assert "layer 'wide': client 4 sent R of shape (2, 2), wanted (3, 3)" in str(caught.value)
 
@@ -156,17 +153,21 @@ def test_a_mean_of_ones_own_refuses_another_rank_too():
         def combine(self, got, held):
             return Download(factors=got)
 
-    with pytest.raises(Refused, match="layer 'wide': client 4 sent factors of rank 2, others 3"):
+    with pytest.raises(Refused, match="layer 'wide': client 4 sent factors of rank 2, allowed: 3"):
         Aggregator(Averages(), server()).add(4, 1, upload(1, rank=2), {})
 
 
-def test_a_method_that_stacks_takes_mixed_ranks_up_to_the_layers_size():
-    aggregator = Aggregator(load("florist", energy=1.0), server())
-    aggregator.add(0, 2, upload(0, rank=2), {})
-    aggregator.add(1, 1, upload(1, rank=4), {})
-    with pytest.raises(Refused, match="layer 'wide': client 4 sent rank 12, allowed: 1 to 11"):
+def test_a_method_that_takes_mixed_ranks_takes_them_up_to_the_clients_own():
+    own = server()
+    own.note_rank(1, "wide", 2)
+    aggregator = Aggregator(load("florist", energy=1.0), own)
+    aggregator.add(0, 2, upload(0, rank=3), {})
+    with pytest.raises(Refused, match="layer 'wide': client 1 sent factors of rank 3, allowed: 1 to 2"):
+        aggregator.add(1, 1, upload(1, rank=3), {})
+    aggregator.add(2, 1, upload(1, rank=1), {})
+    with pytest.raises(Refused, match="layer 'wide': client 4 sent factors of rank 12, allowed: 1 to 3"):
         aggregator.add(4, 1, upload(2, rank=12), {})
-    with pytest.raises(Refused, match="layer 'wide': client 4 sent rank 0, allowed: 1 to 11"):
+    with pytest.raises(Refused, match="layer 'wide': client 4 sent factors of rank 0, allowed: 1 to 3"):
         aggregator.add(
             4,
             1,
@@ -174,7 +175,8 @@ def test_a_method_that_stacks_takes_mixed_ranks_up_to_the_layers_size():
             {},
         )
     aggregated = aggregator.done()
-    assert aggregated.rank == {"wide": 6, "tall": 6}
+    assert aggregated.rank == {"wide": 4, "tall": 4}
+    assert aggregated.ranks == {0: {"wide": 3, "tall": 3}, 2: {"wide": 1, "tall": 1}}
     assert max(aggregated.error.values()) < 1e-6
 
 
@@ -209,7 +211,7 @@ def test_a_client_of_another_rank_is_left_out_by_every_method_that_needs_one_ran
     for name in ("fedit", "flora_na"):
         aggregator = Aggregator(load(name), server())
         aggregator.add(0, 1, upload(0), {})
-        with pytest.raises(Refused, match=f"client 1 sent factors of rank 2, others 3. {name} "):
+        with pytest.raises(Refused, match="client 1 sent factors of rank 2, allowed: 3"):
             aggregator.add(1, 1, upload(1, rank=2), {})
         assert aggregator.done().rank
 

@@ -54,7 +54,7 @@ class ShareA(Method):
 class Stacking(Method):
     """FLoRA: merge the stack, begin afresh."""
 
-    collect = Stack
+    collect, mixed_ranks = Stack, True
 
     @property
     def exact(self):

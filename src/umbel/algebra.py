@@ -62,6 +62,15 @@ def solve(H: Tensor, g: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.solve(H, g.unsqueeze(-1))).squeeze(-1)  # pyright: ignore[reportUnknownMemberType]
 
 
+def frobenius(M: Tensor) -> Tensor:
+    """Returns ‖M‖_F, a scalar whose gradient at M = 0 is 0 (that of √Σ m² would not be a number).
+
+    >>> frobenius(torch.tensor([[3.0, 4.0]]))
+    tensor(5.)
+    """
+    return cast(Tensor, torch.linalg.vector_norm(M))  # pyright: ignore[reportUnknownMemberType]
+
+
 def _core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (Q_B, R_B R_Aᵀ, Q_A) in float64, with B A = Q_B (R_B R_Aᵀ) Q_Aᵀ and orthonormal Q's."""
     Q_B, R_B = _qr(B.double())

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ EQUAL = ("rank", "parameters", "bytes")
 KEYS = ("methods", "seeds", "equal", "choose")
 VALIDATION = 0.1
 """Share of the training rows on which is chosen where the file gives no `data.validation`."""
+
+AHEAD = 8
 
 UNSAFE = r"[^\w.+-]"
 """What is not taken over from a value into a folder's name."""
@@ -200,9 +202,10 @@ def _check_lora(comparison: Comparison, entry: Entry, table: Table) -> None:
     shared, own = comparison.shared.get("lora", {}), table.get("lora", {})
     lora = {**shared, **own}
     why = f"compare.equal = {comparison.equal!r} sets the ranks"
-    if isinstance(lora.get("r"), list):
-        raise ConfigError(f"lora.r: got {lora['r']}, but {why}; give one number, or compare.equal = 'rank'")
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in ("r", "lora_alpha"):
+        if isinstance(lora.get(key), list):
+            raise ConfigError(f"lora.{key}: got {lora[key]}, but {why}; give one number, or compare.equal = 'rank'")
+    for key in ("rank_by", "rank_pattern", "alpha_pattern"):
         if lora.get(key):
             raise ConfigError(f"lora.{key}: got {lora[key]}, but {why}; leave it out, or compare.equal = 'rank'")
     if "r" in own:
@@ -228,59 +231,62 @@ def set_values(table: Table, values: Mapping[str, Any]) -> Table:
 
 
 def trained(method: Method, rounds: int, layers: Layers, r: int) -> float:
-    """Returns how many numbers of factors a client trains at rank r; the mean over phases where they differ."""
-    phases = [phase for phase in method.plan(rounds) if phase.trains]
-    total = sum(count * _numbers(phase.trains, *shape, r) for phase in phases for shape, count in layers.items())
-    return total / len(phases)
-
-
-def _numbers(names: tuple[str, ...], d_out: int, d_in: int, r: int) -> int:
-    sizes = {"A": r * d_in, "B": d_out * r, "R": r * r}
-    strange = sorted(set(names) - set(sizes))
-    if strange:
-        raise ConfigError(
-            f"compare.equal: a method trains {', '.join(strange)}, whose size is not known; use compare.equal = 'rank'"
-        )
-    return sum(sizes[name] for name in names)
+    """Returns how many numbers of factors a client trains at rank r; the mean over rounds where they differ."""
+    counts = [count.trained for phase, count in _counts(method, rounds, layers, r) if phase.trains]
+    return sum(counts) / len(counts)
 
 
 def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, share: float = 1.0) -> float:
-    """Returns how many numbers of factors a client sends and receives in a whole run at rank r, measuring phases included.
+    """Returns how many numbers of factors a client sends and receives in a whole run at rank r, all phases included.
 
-    Downloads are counted by combining uploads of invented clients, once for each different shape. The last round's is
+    Downloads are counted by combining uploads of invented clients, once for each different shape. The last phase's is
     not sent to anybody.
 
     Args:
         asked: Clients of a round.
         share: Share of the clients that a round asks. A client that is left out gets what was merged later, all of it.
     """
-    total, known = 0.0, dict[Any, tuple[float, float, float]]()
-    shapes = {f"{d_out}x{d_in}": (d_out, d_in) for d_out, d_in in layers}
-    held = {layer: {"A": _ones(r, d_in), "B": _ones(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
-    phases = list(method.plan(rounds))
-    for number, phase in enumerate(phases, 1):
-        kind = type(phase), repr(getattr(phase, "__dict__", phase))
-        if kind not in known:
-            if "R" in phase.trains:
-                held = {layer: {"R": _ones(r, r), **own} for layer, own in held.items()}
-            trial = testing.Trial(phase, held, shapes)
-            clients = trial.clients((1.0,) * asked, (r,) * asked)
-            downloads = trial.aggregate(clients)
-            up, factors, merged = 0.0, 0.0, 0.0
-            sent = trial.upload(clients[0])
-            for layer, shape in shapes.items():
-                up += layers[shape] * sum(x.numel() for x in sent[layer].values())
-                factors += layers[shape] * sum(x.numel() for x in downloads[layer].factors.values())
-                merged += layers[shape] * sum(x.numel() for x in downloads[layer].merge or ())
-                held[layer] = {**held[layer], **_of_rank(downloads[layer].factors, held[layer])}
-            known[kind] = up, factors, merged
-        up, factors, merged = known[kind]
+    total, counts = 0.0, list(_counts(method, rounds, layers, r, asked))
+    for number, (phase, count) in enumerate(counts, 1):
         asks = share if phase.trains else 1.0
-        total += asks * up + (asks * factors + merged if number < len(phases) else 0.0)
+        total += asks * count.up + (asks * count.factors + count.merged if number < len(counts) else 0.0)
     return total
 
 
-def _ones(rows: int, columns: int) -> Any:
+@dataclass
+class _Count:
+    """Numbers of all layers together in one phase: that a client trains, sends, overwrites and merges."""
+
+    trained: int = 0
+    up: int = 0
+    factors: int = 0
+    merged: int = 0
+
+
+def _counts(method: Method, rounds: int, layers: Layers, r: int, asked: int = 1) -> Iterator[tuple[Method, _Count]]:
+    """Yields every phase of a run with what is counted in it."""
+    shapes = {f"{d_out}x{d_in}": (d_out, d_in) for d_out, d_in in layers}
+    held = {layer: {"A": _drawn(r, d_in), "B": _drawn(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
+    known: dict[Any, _Count] = {}
+    for phase in method.plan(rounds):
+        kind = type(phase), repr(getattr(phase, "__dict__", phase))
+        if kind not in known:
+            if "R" in phase.trains:
+                held = {layer: {"R": _drawn(r, r), **own} for layer, own in held.items()}
+            trial, count = testing.Trial(phase, held, shapes), _Count()
+            clients = trial.clients((1.0,) * asked, (r,) * asked)
+            sent, downloads = trial.upload(clients[0]), trial.aggregate(clients)
+            for layer, shape in shapes.items():
+                count.trained += layers[shape] * sum(held[layer][name].numel() for name in phase.trains)
+                count.up += layers[shape] * sum(x.numel() for x in sent[layer].values())
+                count.factors += layers[shape] * sum(x.numel() for x in downloads[layer].factors.values())
+                count.merged += layers[shape] * sum(x.numel() for x in downloads[layer].merge or ())
+            held = {layer: {**own, **_of_rank(downloads[layer].factors, own)} for layer, own in held.items()}
+            known[kind] = count
+        yield phase, known[kind]
+
+
+def _drawn(rows: int, columns: int) -> Any:
     """Factors to hold that are no zeros: what is counted should not be the special case."""
     import torch
 
@@ -296,6 +302,8 @@ def _of_rank(factors: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, A
 def largest_rank(count: Callable[[int], float], budget: float, start: int, most: int) -> int:
     """Returns the largest rank whose count is within the budget, at least 1 and at most `most`.
 
+    The count need not rise with every step (RAVAN's falls where its heads divide the rank): looked at are `AHEAD` ranks beyond.
+
     >>> largest_rank(lambda r: r * r, 50, start=2, most=100)
     7
     """
@@ -306,6 +314,8 @@ def largest_rank(count: Callable[[int], float], budget: float, start: int, most:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    while more := [r for r in range(low + 1, min(low + AHEAD, most) + 1) if count(r) <= budget]:
+        low = more[-1]
     return low
 
 
@@ -317,7 +327,7 @@ class Ranks:
         equal: "parameters" or "bytes".
         reference: The file's own configuration.
         layers: What is adapted.
-        clients: K.
+        clients: K, of those that take part.
     """
 
     equal: str
@@ -327,7 +337,7 @@ class Ranks:
 
     def __post_init__(self) -> None:
         self._known: dict[str, tuple[int, float]] = {}
-        self.budget = self._count(methods.load("fedit"), self.reference, self.reference.lora.r)
+        self.budget = self._count(methods.load("fedit"), self.reference, self.reference.lora.rank)
 
     def _count(self, method: Method, config: Config, r: int) -> float:
         if self.equal == "parameters":
@@ -342,7 +352,7 @@ class Ranks:
         if key not in self._known:
             method = methods.load(config.method.name, **config.method.options)
             most = min(min(shape) for shape in self.layers)
-            r = largest_rank(lambda r: self._count(method, config, r), self.budget, self.reference.lora.r, most)
+            r = largest_rank(lambda r: self._count(method, config, r), self.budget, self.reference.lora.rank, most)
             self._known[key] = r, self._count(method, config, r)
         return self._known[key]
 
@@ -359,14 +369,14 @@ def _ranks(comparison: Comparison) -> Ranks | None:
     base = model.load(config, len(dataset.labels))
     adapter = Adapter(base.model, config.lora, base.heads, config.seed)
     layers = Counter((shape.d_out, shape.d_in) for shape in adapter.layers.values())
-    return Ranks(comparison.equal, config, layers, dataset.clients)
+    return Ranks(comparison.equal, config, layers, dataset.clients - len(dataset.unseen))
 
 
 def with_rank(table: Table, config: Config, r: int) -> Table:
     """Returns a method's table at rank r, and at the scale it had: lora_alpha follows, unless the method has its own."""
     own = table.get("lora", {})
-    grown = r / config.lora.r
-    alpha = config.lora.lora_alpha * (grown**0.5 if config.lora.use_rslora else grown)
+    grown = r / config.lora.rank
+    alpha = config.lora.alpha * (grown**0.5 if config.lora.use_rslora else grown)
     return {**table, "lora": {"lora_alpha": alpha, **own, "r": r}}
 
 
@@ -508,7 +518,7 @@ def _about(comparison: Comparison, chosen: dict[str, Table], tables: list[Table]
         "seeds": comparison.seeds,
         "equal": comparison.equal,
         "budget": None if ranks is None else ranks.budget,
-        "budget_rank": None if ranks is None else ranks.reference.lora.r,
+        "budget_rank": None if ranks is None else ranks.reference.lora.rank,
         "reference": comparison.entries[0].label,
         "scored_on": "validation" if data.get("validation") and not comparison.chooses else "test",
         "chosen_on": {"seed": comparison.seeds[0], "validation": comparison.validation} if comparison.chooses else None,

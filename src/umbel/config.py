@@ -104,6 +104,7 @@ class Split:
         alpha: Concentration of the Dirichlet draw, > 0; small is skewed.
         column: For "by".
         shards_per_client: For "shards".
+        unseen: Share of the clients that take no part; the common model is scored on their test rows.
     """
 
     kind: Literal["iid", "dirichlet", "by", "shards", "files"] = "iid"
@@ -111,19 +112,60 @@ class Split:
     alpha: float = 0.3
     column: str = ""
     shards_per_client: int = 2
+    unseen: float = 0.0
 
 
 @dataclass(frozen=True)
 class Lora:
-    """PEFT's LoraConfig, by its own names. The scale is lora_alpha / r, or lora_alpha / √r with use_rslora."""
+    """PEFT's LoraConfig, by its own names. The scale is lora_alpha / r, or lora_alpha / √r with use_rslora.
 
-    r: int = 8
-    lora_alpha: float = 16
+    Args:
+        r: The rank; a list has one for each client.
+        rank_by: Column in a client's own training rows that says its rank, at most `r`.
+        lora_alpha: Where ranks differ it belongs to the largest, and every client has the same scale; a list has one alpha
+            for each client, and so scales of their own.
+    """
+
+    r: int | list[int] = 8
+    rank_by: str = ""
+    lora_alpha: float | list[float] = 16
     lora_dropout: float = 0.0
     target_modules: list[str] = field(default_factory=list[str])
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def mixed(self) -> bool:
+        """True where clients may differ in rank or scale."""
+        return isinstance(self.r, list) or isinstance(self.lora_alpha, list) or bool(self.rank_by)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.r) if isinstance(self.r, list) else self.r
+
+    @property
+    def alpha(self) -> float:
+        """The alpha of the largest rank."""
+        if not isinstance(self.lora_alpha, list):
+            return self.lora_alpha
+        return self.lora_alpha[self.r.index(self.rank)] if isinstance(self.r, list) else self.lora_alpha[0]
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / r, or lora_alpha / √r."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def of(self, client: int, rank: int) -> "Lora":
+        """Returns one client's own: of its rank, and of the same scale as all unless `lora_alpha` is a list.
+
+        >>> Lora(r=[4, 16], lora_alpha=32).of(0, 4).lora_alpha
+        8.0
+        """
+        root = math.sqrt(rank) if self.use_rslora else rank
+        alpha = self.lora_alpha[client] if isinstance(self.lora_alpha, list) else self.scale * root
+        return dataclasses.replace(self, r=rank, rank_by="", lora_alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -286,7 +328,6 @@ LEAST = {
     "task.exact_match_rows": 0,
     "split.clients": 0,
     "split.shards_per_client": 1,
-    "lora.r": 1,
     "training.learning_rate": 0,
     "training.head_learning_rate": 0,
     "training.per_device_train_batch_size": 1,
@@ -302,11 +343,12 @@ LEAST = {
 def check(config: Config) -> Config:
     """Raises ConfigError where values do not fit each other or are out of range; returns the configuration."""
     problems = [
+        *_rank_problems(config),
         (not config.model.name, "model.name is missing: a local folder, pkg:<package>/<path>, or a hub name"),
         (not config.data.train, "data.train is missing: a file, a list of files, or a datasets name"),
         (not config.lora.target_modules, "lora.target_modules is missing, e.g. ['q_proj', 'v_proj']"),
         (config.seed >= 2**63, f"seed: got {config.seed}, allowed: less than 2⁶³"),
-        (config.lora.lora_alpha <= 0, f"lora.lora_alpha: got {config.lora.lora_alpha}, allowed: > 0"),
+        (min(_listed(config.lora.lora_alpha), default=0) <= 0, f"lora.lora_alpha: got {config.lora.lora_alpha}, allowed: > 0"),
         (
             any(r < 1 for r in config.lora.rank_pattern.values()),
             f"lora.rank_pattern: got {config.lora.rank_pattern}, allowed: ≥ 1",
@@ -320,6 +362,7 @@ def check(config: Config) -> Config:
             not 0 <= config.training.warmup_ratio <= 1,
             f"training.warmup_ratio: got {config.training.warmup_ratio}, allowed: 0 ≤ share ≤ 1",
         ),
+        (not 0 <= config.split.unseen < 1, f"split.unseen: got {config.split.unseen}, allowed: 0 ≤ share < 1"),
         (config.split.alpha <= 0, f"split.alpha: got {config.split.alpha}, allowed: > 0"),
         (not 0 <= config.data.validation < 1, f"data.validation: got {config.data.validation}, allowed: 0 ≤ share < 1"),
         (
@@ -358,6 +401,33 @@ def check(config: Config) -> Config:
         if wrong:
             raise ConfigError(message)
     return config
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _rank_problems(config: Config) -> list[tuple[bool, str]]:
+    lora, K = config.lora, config.split.clients
+    lists = {"r": lora.r, "lora_alpha": lora.lora_alpha}
+    name = config.method.name
+    differ = len(set(_listed(lora.r))) > 1 or bool(lora.rank_by)
+    return [
+        (min(_listed(lora.r), default=0) < 1, f"lora.r: got {lora.r}, allowed: 1 or more, or a list with one for each client"),
+        *(
+            (isinstance(x, list) and bool(K) and len(x) != K, f"lora.{key}: got {len(_listed(x))} values, for {K} clients")
+            for key, x in lists.items()
+        ),
+        (isinstance(lora.r, list) and bool(lora.rank_by), "lora: give r as a list or rank_by, not both"),
+        (
+            lora.mixed and bool(lora.rank_pattern or lora.alpha_pattern),
+            "lora: rank_pattern and alpha_pattern are for clients of one rank; leave them out, or give one r and lora_alpha",
+        ),
+        (
+            differ and not methods.load(name, **config.method.options).mixed_ranks,
+            f"lora: {name} needs one rank for all clients, got {lora.rank_by or lora.r}; {methods.taking_mixed_ranks()}",
+        ),
+    ]
 
 
 def override(table: dict[str, Any], assignment: str) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from umbel import algebra, wire
 from umbel.engine import Ask, Engine, Reply
-from umbel.method import Method
+from umbel.method import Method, taking_mixed_ranks
 from umbel.record import Record
 from umbel.server import MOST_ROWS, OBSERVER, Aggregated, Aggregator, LayerShape, Refused, Server, ServerError
 
@@ -130,6 +130,10 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
             heard.refuse(reply.client, str(error))
     if not said:
         raise ServerError(f"no client answered the opening ({heard.reasons()})")
+    ranks = {client: _ranks(own) for client, own in said.items()}
+    if plan.method.mixed_ranks:
+        most = {layer: max(own.get(layer, 1) for own in ranks.values()) for own in ranks.values() for layer in own}
+        said = {client: _with_ranks(own, most) for client, own in said.items()}
     agreed = _majority(said)
     for client, own in said.items():
         if own == agreed:
@@ -138,8 +142,13 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
             heard.refuse(client, _difference(client, own, agreed))
     rows = {client: rows[client] for client in heard.answered}
     layers = {name: shape for name, shape in agreed.items() if isinstance(shape, LayerShape)}
+    largest = {name: max(ranks[client][name] for client in rows) for name in layers}
+    layers = {name: replace(shape, rank=largest[name]) for name, shape in layers.items()}
     plain = {name.removeprefix("plain|"): x for name, x in agreed.items() if not isinstance(x, LayerShape)}
     server = Server(layers, plan.seed, plan.dtype, plain)
+    for client in rows:
+        for layer in layers:
+            server.note_rank(client, layer, ranks[client][layer])
     scores = _observe(engine, server, True, heard) if plan.observe_start else None
     line = _line(0, "open", 0, plan.clients, heard, None, scores, began)
     _commit(record, server, rows, line)
@@ -161,6 +170,8 @@ def _schema(client: int, header: Mapping[str, Any]) -> Schema:
     for name, shape in layers.items():
         if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n < 2**31 for n in shape):
             raise Refused(f"layer {name!r}: client {client} says {shape!r:.80}, allowed: d_out, d_in and rank, 1 or more each")
+        if shape[2] > max(shape[:2]):
+            raise Refused(f"layer {name!r}: client {client} says rank {shape[2]}, allowed: 1 to {max(shape[:2])}")
     plain = header.get("plain", {})
     if not isinstance(plain, dict):
         raise Refused(f"client {client} says its other parameters are {plain!r:.80}, allowed: names with shapes")
@@ -169,6 +180,14 @@ def _schema(client: int, header: Mapping[str, Any]) -> Schema:
             raise Refused(f"parameter {name!r}: client {client} says {shape!r:.80}, allowed: a list of sizes")
     others = {f"plain|{name}": tuple(shape) for name, shape in plain.items()}
     return {**{name: LayerShape(*shape) for name, shape in layers.items()}, **others}
+
+
+def _ranks(schema: Schema) -> dict[str, int]:
+    return {name: shape.rank for name, shape in schema.items() if isinstance(shape, LayerShape)}
+
+
+def _with_ranks(schema: Schema, ranks: Mapping[str, int]) -> Schema:
+    return {name: replace(x, rank=ranks[name]) if isinstance(x, LayerShape) else x for name, x in schema.items()}
 
 
 def _majority(said: Mapping[int, Schema]) -> Schema:
@@ -183,9 +202,11 @@ def _majority(said: Mapping[int, Schema]) -> Schema:
 
 def _difference(client: int, own: Schema, others: Schema) -> str:
     name = next(name for name in {**others, **own} if own.get(name) != others.get(name))
+    mine, theirs = own.get(name), others.get(name)
+    if isinstance(mine, LayerShape) and isinstance(theirs, LayerShape) and replace(mine, rank=theirs.rank) == theirs:
+        return f"layer {name!r}: client {client} has rank {mine.rank}, others {theirs.rank}; {taking_mixed_ranks()}"
     return (
-        f"layer {name!r}: client {client} has {own.get(name)}, others {others.get(name)}. "
-        "All clients need the same base model and the same [lora]"
+        f"layer {name!r}: client {client} has {mine}, others {theirs}. All clients need the same base model and the same [lora]"
     )
 
 
@@ -205,6 +226,8 @@ def _round(
     phase = phases[index]
     train_round = sum(1 for earlier in phases[: index + 1] if earlier.trains)
     asked = _choose(plan, sorted(rows), train_round) if phase.trains else sorted(rows)
+    if not phase.trains and phase.measures == "factors":
+        asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
     heard = _Heard()
     heard.seconds["record"] = committing
     if phase.sends:
@@ -238,14 +261,16 @@ def _round(
     heard.seconds["server"] += time.perf_counter() - started
     last = index + 1 == len(phases)
     scores = None
-    if phase.trains and (plan.observe == "rounds" or (plan.observe == "end" and last)):
+    # Where a part of the model stays with the clients, there is a common model only in the end.
+    if (plan.observe == "rounds" and phase.trains and not phase.keeps) or (plan.observe != "never" and last):
         scores = _observe(engine, server, last, heard)
-    line = _line(index + 1, _kind(phase), train_round if phase.trains else 0, asked, heard, aggregated, scores, began)
+    counted = train_round if _kind(phase) != "measure" else 0
+    line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
     return _commit(record, server, rows, line)
 
 
 def _kind(phase: Method) -> str:
-    return "train" if phase.trains else "measure"
+    return "train" if phase.trains else {"gradient": "measure", "factors": "gather"}[phase.measures]
 
 
 def _choose(plan: Plan, clients: list[int], index: int) -> list[int]:
@@ -268,6 +293,7 @@ def _request(server: Server, phase: Method, client: int, index: int, train_round
         "score": plan.score_clients,
         "trains": phase.trains,
         "sends": phase.sends,
+        "keeps": phase.keeps,
         "samples": samples,
         **packed,
     }
@@ -381,8 +407,10 @@ def _line(
         return {client: value for client, value in values.items() if value is not None}
 
     # Where the ideal is zero no error is relative to it, and JSON has no infinity.
-    measured = (aggregated.error if aggregated else None) or {}
-    errors = {layer: x for layer, x in measured.items() if math.isfinite(x)} or None
+    errors: dict[str, dict[str, float] | None] = {}
+    for kind in ("error", "error_of_sum"):
+        measured: dict[str, float] = (getattr(aggregated, kind) if aggregated else None) or {}
+        errors[kind] = {layer: x for layer, x in measured.items() if math.isfinite(x)} or None
     return {
         "round": number,
         "phase": phase,
@@ -398,7 +426,8 @@ def _line(
         "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},
         "local": said("scores", _scores),
         "global": scores,
-        "aggregation_error": errors,
+        "aggregation_error": errors["error"],
+        "aggregation_error_of_sum": errors["error_of_sum"],
         "rank": aggregated.rank if aggregated else {},
     }
 

@@ -14,7 +14,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from torch import Tensor
 from umbel import algebra
 
 Factors = dict[str, Tensor]
-"""The named matrices of one layer: `{"A": r × d_in, "B": d_out × r}`, with `"R": r × r` for Fed-SB."""
+"""The named matrices of one layer: `{"A": r × d_in, "B": d_out × r}`, with `"R": r × r` between them for Fed-SB.
+
+An R of r × b with b < r holds the r / b diagonal blocks of a block-diagonal R, one below the other."""
 
 
 class MethodError(ValueError):
@@ -62,6 +64,17 @@ class Download:
             merge=algebra.add_products(self.merge, later.merge),
             reset=self.reset if later.reset is None else later.reset,
         )
+
+    def cut(self, rank: int) -> "Download":
+        """Returns the download for a client of a smaller rank: of a pair (A, B) only the first, most important directions.
+
+        >>> Download(factors={"A": torch.ones(3, 2), "B": torch.ones(4, 3)}).cut(2).factors["B"].shape
+        torch.Size([4, 2])
+        """
+        if not {"A", "B"} <= self.factors.keys() or self.factors["A"].shape[0] <= rank:
+            return self
+        pair = {"A": self.factors["A"][:rank].contiguous(), "B": self.factors["B"][:, :rank].contiguous()}
+        return Download({**self.factors, **pair}, self.merge, self.reset)
 
 
 class Collector(Protocol):
@@ -175,25 +188,65 @@ def stacked(layer: str, uploads: list[tuple[Factors, float]], name: str) -> Tens
     return torch.stack([factors[name] for factors, _ in uploads])
 
 
+def mean_of(uploads: list[tuple[Factors, float]]) -> Factors:
+    """Returns the weighted mean of every factor of what `Each` gives, as `Mean` computes it.
+
+    >>> mean_of([({"A": torch.tensor([[0.0]])}, 0.25), ({"A": torch.tensor([[4.0]])}, 0.75)])
+    {'A': tensor([[3.]])}
+
+    Raises:
+        MethodError: The clients differ in rank.
+    """
+    mean = Mean()
+    for factors, p in uploads:
+        mean.add(factors, p)
+    return mean.done()
+
+
 def product(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Returns (B, A) whose product is the ΔW of one layer: (B, A), or (B R, A) where there is an R."""
-    return (factors["B"] @ factors["R"] if "R" in factors else factors["B"]), factors["A"]
+    """Returns (B, A) whose product is the ΔW of one layer: (B, A), or (B R, A) where there is an R.
+
+    >>> B, A = torch.eye(2), torch.eye(2)
+    >>> product({"B": B, "R": torch.tensor([[2.0], [3.0]]), "A": A})[0]
+    tensor([[2., 0.],
+            [0., 3.]])
+    """
+    if "R" not in factors:
+        return factors["B"], factors["A"]
+    B, R = factors["B"], factors["R"]
+    size = R.shape[-1]
+    if R.shape[-2] == size:
+        return B @ R, factors["A"]
+    blocks = torch.einsum("...mhb,...hbc->...mhc", B.unflatten(-1, (-1, size)), R.unflatten(-2, (-1, size)))
+    return blocks.flatten(-2), factors["A"]
 
 
 class Method(ABC):
     """A federated LoRA method: a frozen dataclass whose fields are its options, with one function, `combine`.
 
     Class attributes:
-        trains: Factors that have a gradient at the client. Empty: the client measures the gradient of the frozen
-            weights instead of taking steps.
-        sends: Factors that go up. For a measurement `("G",)` is the dense gradient d_out × d_in and `("A", "B")`
-            its best product of the adapter's rank.
+        trains: Factors that have a gradient at the client. Empty: the client takes no steps and sends what `measures`
+            says.
+        sends: Factors that go up. A factor that is trained and not sent stays at the client, in its files, and so do
+            heads and biases then: there is no common model, and the aggregation error means nothing.
         collect: How the server keeps uploads: `Mean`, `Each` or `Stack`.
+        measures: What clients send where nothing is trained. "gradient" of the frozen weights: `("G",)` is dense,
+            d_out × d_in, and `("A", "B")` its best product of the adapter's rank. "factors": what they hold, heads too.
+        mixed_ranks: Takes clients of different rank. Held factors then have the largest.
+        by_rows: The aggregate is meant to be Σ p_k ΔW_k with p_k = n_k / Σ n_j. False where clients are weighed by more.
     """
 
     trains: ClassVar[tuple[str, ...]] = ("A", "B")
     sends: ClassVar[tuple[str, ...]] = ("A", "B")
     collect: ClassVar[type[Collector]] = Mean
+    measures: ClassVar[Literal["gradient", "factors"]] = "gradient"
+    mixed_ranks: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = True
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """Factors that stay at the client: trained and not sent."""
+        return tuple(name for name in self.trains if name not in self.sends)
 
     @property
     def exact(self) -> bool:
@@ -217,6 +270,25 @@ class Method(ABC):
     def combine(self, got: Any, held: Factors) -> Download:
         """Turns the uploads of one layer into what every client does next. Inputs are not modified."""
 
+    # At the client; most methods leave both as they are.
+
+    def penalty(self, factors: Factors) -> Tensor | None:
+        """Returns what one layer adds to a client's training loss, a scalar with a gradient; None adds nothing.
+
+        Args:
+            factors: The client's, in units of ΔW, as they stand at this step.
+        """
+        return None
+
+    def trained(self, before: Factors, after: Factors) -> Factors:
+        """Returns what a client holds of one layer after training, and sends: `after`, or fewer directions of it.
+
+        Args:
+            before: What it held when the round began, in units of ΔW.
+            after: What training made of it.
+        """
+        return after
+
 
 def names() -> list[str]:
     """Returns the names of the methods that come with umbel: the files in `umbel/methods`."""
@@ -226,12 +298,12 @@ def names() -> list[str]:
 
 
 def taking_mixed_ranks() -> str:
-    """Says which of umbel's methods take clients of different rank: those that stack factors.
+    """Says which of umbel's methods take clients of different rank.
 
     >>> taking_mixed_ranks().startswith("mixed ranks are for")
     True
     """
-    return f"mixed ranks are for {', '.join(name for name in names() if find(name).collect is Stack)}"
+    return f"mixed ranks are for {', '.join(name for name in names() if find(name).mixed_ranks)}"
 
 
 def find(name: str) -> type[Method]:

@@ -91,7 +91,7 @@ def run(
         dataset = data.load(shared)
         manifest = dataset.manifest()
         fingerprint = model.fingerprint(shared)
-        members = _members(configs, shared, dataset.clients, baselines, comparing)
+        members = _members(configs, shared, dataset, baselines, comparing)
         _check_same(folder, None if comparing else table, manifest, fingerprint)
         if comparing:
             _check_members(folder, members)
@@ -201,8 +201,37 @@ def _shared(configs: dict[str, Config]) -> Config:
     return first
 
 
-def _members(configs: dict[str, Config], shared: Config, clients: int, baselines: bool, comparing: bool) -> list[Member]:
-    everyone = list(range(clients))
+def _ranks(config: Config, dataset: Any) -> dict[int, int]:
+    """Returns each client's rank where clients may differ, else nothing.
+
+    Raises:
+        ConfigError: A list of another length than there are clients, or a column that says no rank.
+    """
+    lora = config.lora
+    if not lora.mixed:
+        return {}
+    if not lora.rank_by:
+        for key, values in (("r", lora.r), ("lora_alpha", lora.lora_alpha)):
+            if isinstance(values, list) and len(values) != dataset.clients:
+                raise ConfigError(f"lora.{key}: got {len(values)} values, for {dataset.clients} clients")
+        return dict(enumerate(lora.r if isinstance(lora.r, list) else [lora.r] * dataset.clients))
+    said: dict[int, set[str]] = {k: set() for k in range(dataset.clients)}
+    for row, owner in zip(dataset.train, dataset.owner_train):
+        said[owner].add(str(row.get(lora.rank_by, "nothing")))
+    for client, values in said.items():
+        text = next(iter(values), "nothing")
+        if len(values) > 1 or not text.isdecimal() or not 1 <= int(text) <= lora.rank:
+            got = ", ".join(sorted(values)[:3]) or "no rows"
+            raise ConfigError(
+                f"lora.rank_by = {lora.rank_by!r}: the rows of client {client} say {got}; allowed: one number from 1 to "
+                f"lora.r = {lora.rank} in all rows of a client"
+            )
+    return {client: int(next(iter(values))) for client, values in said.items()}
+
+
+def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines: bool, comparing: bool) -> list[Member]:
+    everyone = [k for k in range(dataset.clients) if k not in dataset.unseen]
+    clients = len(everyone)
     single = len(configs) == 1 and not comparing
     result = [Member(label, "." if single else label, config, everyone, "method") for label, config in configs.items()]
     if not baselines:
@@ -214,15 +243,20 @@ def _members(configs: dict[str, Config], shared: Config, clients: int, baselines
     if training.max_steps > 0:
         # As many rows as all the clients of a round together see.
         training = replace(training, max_steps=training.max_steps * min(shared.server.clients_per_round or clients, clients))
-    central = replace(plain, training=replace(training, optimizer_state="keep"))
+    ranks, lora = _ranks(shared, dataset), shared.lora
+    largest = lora.of(max(ranks, key=lambda k: ranks[k]), max(ranks.values())) if ranks else lora
+    central = replace(plain, lora=largest, training=replace(training, optimizer_state="keep"))
     result.append(Member("central", "central", central, [0], "central"))
-    result += [Member(f"local {k}", f"local/client-{k}", plain, [k], "local") for k in everyone]
+    for k in everyone:
+        own = replace(plain, lora=lora.of(k, ranks[k]) if ranks else lora)
+        result.append(Member(f"local {k}", f"local/client-{k}", own, [k], "local"))
     return result
 
 
 def _pooled(dataset: Any) -> Any:
-    """Returns the same rows, all of them client 0's."""
-    return replace(dataset, owner_train=[0] * len(dataset.owner_train), owner_test=[0] * len(dataset.owner_test), clients=1)
+    """Returns the same rows, those of clients that take part all client 0's."""
+    owner_train = [-2 if owner in dataset.unseen else 0 for owner in dataset.owner_train]
+    return replace(dataset, owner_train=owner_train, owner_test=[0] * len(dataset.owner_test), clients=1)
 
 
 def _contents(members: list[Member]) -> dict[str, Any]:
@@ -258,7 +292,8 @@ def _run_member(
     began, before = time.perf_counter(), len(record.lines())
     adapter = Adapter(base.model, config.lora, base.heads, config.seed)
     try:
-        resident = Resident(config, base, adapter, dataset, train, test)
+        ranks = _ranks(config, dataset) if member.role == "method" else {}
+        resident = Resident(config, base, adapter, dataset, train, test, ranks=ranks)
         resident.on_step = lambda number, step, steps: listen({"event": "step", "client": number, "step": step, "steps": steps})
         answers = {k: Client(k, resident, folder / "clients" / str(k)).answer for k in [*member.clients, OBSERVER]}
         server = federate(Local(answers), _plan(member), record, lambda event: listen({"event": "round", **event}))

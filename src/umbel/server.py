@@ -32,7 +32,7 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One adapted weight: d_out × d_in, and the rank r of its adapter."""
+    """One adapted weight: d_out × d_in, and the rank r of its adapter (at the server the largest of all clients')."""
 
     d_out: int
     d_in: int
@@ -63,13 +63,17 @@ class Aggregated:
         downloads: Per layer, as rounded by the wire.
         plain: Weighted means of parameters that are not factors.
         error: Per layer ‖ΔW_sent − Σ p_k ΔW_k‖_F / ‖Σ p_k ΔW_k‖_F, where it was measured.
+        error_of_sum: The same against K Σ p_k ΔW_k, the sum over clients that some papers take as the ideal.
         rank: Per layer the rank of the product that was sent.
+        ranks: Per client and layer the rank of its upload.
     """
 
     downloads: dict[str, Download]
     plain: dict[str, Tensor]
     error: dict[str, float] | None
+    error_of_sum: dict[str, float] | None
     rank: dict[str, int]
+    ranks: dict[int, dict[str, int]] = field(default_factory=dict[int, dict[str, int]])
 
 
 class Server:
@@ -99,12 +103,26 @@ class Server:
         self.plain: dict[str, Tensor] = {}
         # How many rounds' results each client has; −1 for one that never started.
         self.has: dict[int, int] = {}
+        # Per client and layer the rank that it last had, where that is not the largest.
+        self.ranks: dict[int, dict[str, int]] = {}
         # What is owed to clients that have so many rounds; clients that left together share one composition.
         self.owed: dict[int, dict[str, Download]] = {-1: {layer: Download(reset=seed) for layer in self.layers}}
 
     def owed_to(self, client: int) -> dict[str, Download]:
-        """Returns all that happened since the client last took its downloads, composed per layer."""
-        return self.owed[self.has.get(client, -1)]
+        """Returns all that happened since the client last took its downloads, composed per layer and cut to its rank."""
+        owed, own = self.owed[self.has.get(client, -1)], self.ranks.get(client)
+        if not own:
+            return owed
+        return {layer: download.cut(own[layer]) if layer in own else download for layer, download in owed.items()}
+
+    def rank_of(self, client: int, layer: str) -> int:
+        """Returns the rank of a client's adapter, as it last said."""
+        return self.ranks.get(client, {}).get(layer, self.layers[layer].rank)
+
+    def note_rank(self, client: int, layer: str, rank: int) -> None:
+        """Notes the rank of a client's adapter."""
+        if rank != self.rank_of(client, layer):
+            self.ranks.setdefault(client, {})[layer] = rank
 
     def took(self, client: int) -> None:
         """Notes that a client holds all that happened until now."""
@@ -114,6 +132,9 @@ class Server:
     def settle(self, aggregated: Aggregated) -> None:
         """Ends a round: what was combined is held from now on, and owed to everybody."""
         self.round += 1
+        for client, own in aggregated.ranks.items():
+            for layer, rank in own.items():
+                self.note_rank(client, layer, rank)
         for layer, download in aggregated.downloads.items():
             self._hold(layer, download)
         self.plain = {**self.plain, **aggregated.plain}
@@ -146,6 +167,7 @@ class Server:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Returns everything that a later process needs to go on, as (JSON, tensors)."""
         header: dict[str, Any] = {"round": self.round, "has": {str(k): n for k, n in self.has.items()}, "owed": {}}
+        header["ranks"] = {str(k): ranks for k, ranks in self.ranks.items()}
         tensors = {f"held/{key}": x for key, x in wire.pack_factors(self.held).items()}
         tensors |= {f"plain/{name}": x for name, x in self.plain.items()}
         for layer, (B, A) in self.merged.items():
@@ -164,6 +186,7 @@ class Server:
 
         self.round = int(header["round"])
         self.has = {int(k): int(n) for k, n in header["has"].items()}
+        self.ranks = {int(k): {layer: int(n) for layer, n in own.items()} for k, own in header["ranks"].items()}
         self.held = wire.unpack_factors(under("held/"))
         self.plain = under("plain/")
         self.merged = {layer: (own["B"], own["A"]) for layer, own in wire.unpack_factors(under("merged/")).items()}
@@ -189,11 +212,13 @@ class Aggregator:
         self._collectors = {layer: self.phase.collect() for layer in self.server.layers}
         self._plain = Mean()
         self._plain_shapes = {name: tuple(x.shape) for name, x in self.server.plain.items()} or None
+        self._ranks: dict[int, dict[str, int]] = {}
         # ΔW is linear in a factor that is sent alone, so its mean gives Σ p_k ΔW_k; with two, every product is needed.
         self._alone = len(self.phase.sends) == 1
         ideal = Mean if self._alone else Stack
-        # A measurement has no update whose aggregate could be wrong.
-        self._ideal = {layer: ideal() for layer in self.server.layers} if self.measure_error and self.phase.trains else None
+        # A measurement has no update whose aggregate could be wrong; neither have clients that keep a part of theirs.
+        measured = self.measure_error and self.phase.trains and not self.phase.keeps
+        self._ideal = {layer: ideal() for layer in self.server.layers} if measured else None
 
     def add(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
         """Checks one client's upload whole, then folds it in.
@@ -217,6 +242,8 @@ class Aggregator:
                 raise ServerError(f"layer {layer!r}: client {client} {error}") from error
             if self._ideal is not None:
                 self._ideal[layer].add({name: x.double() for name, x in own.items()} if self._alone else own, weight)
+            if "A" in own or "B" in own:
+                self._ranks.setdefault(client, {})[layer] = own["A"].shape[0] if "A" in own else own["B"].shape[1]
         if plain:
             self._plain.add(dict(plain), weight)
         self.folded.append(client)
@@ -225,8 +252,8 @@ class Aggregator:
         """Returns how long an honest upload can be: every factor at its largest, and a mebibyte for names and header."""
         numbers = sum(math.prod(shape) for shape in (self.server.plain_shapes or {}).values())
         for shape in self.server.layers.values():
-            rank = shape.rank if not issubclass(self.phase.collect, Stack) else max(shape.d_in, shape.d_out)
-            sizes = {"A": rank * shape.d_in, "B": rank * shape.d_out, "R": rank * rank, "G": shape.d_in * shape.d_out}
+            sizes = {"A": shape.rank * shape.d_in, "B": shape.rank * shape.d_out, "R": shape.rank**2}
+            sizes["G"] = shape.d_in * shape.d_out
             numbers += sum(sizes.get(name, 0) for name in self.phase.sends)
         return 4 * numbers + 2**20 + 400 * len(self.server.layers)
 
@@ -250,28 +277,30 @@ class Aggregator:
         for name, x in plain.items():
             if not _sound(x):
                 raise Refused(f"parameter {name!r}: client {client} sent {_UNSOUND}")
-        if (known is not None and sent != known) if self.phase.trains else sent:
+        if (known is not None and sent != known) if self._sends_plain() else sent:
             raise Refused(f"client {client}: parameters that are not factors differ from the others' in name or shape")
         self._plain_shapes = sent
+
+    def _sends_plain(self) -> bool:
+        phase = self.phase
+        return not phase.keeps if phase.trains else bool(phase.sends) and phase.measures == "factors"
 
     def _check_shapes(self, client: int, layer: str, own: Factors) -> None:
         shape = self.server.layers[layer]
         where = f"layer {layer!r}: client {client}"
-        rank = own["A"].shape[0] if "A" in own and own["A"].ndim == 2 else shape.rank
-        if "B" in own and "A" not in own and own["B"].ndim == 2:
+        known = rank = self.server.rank_of(client, layer)
+        if "A" in own and own["A"].ndim == 2:
+            rank = own["A"].shape[0]
+        elif "B" in own and own["B"].ndim == 2:
             rank = own["B"].shape[1]
-        if rank != shape.rank and not issubclass(self.phase.collect, Stack):
-            name = type(self.phase).__module__.rpartition(".")[2]
-            raise Refused(
-                f"{where} sent factors of rank {rank}, others {shape.rank}. {name} needs one rank; "
-                "`umbel methods` lists those that take mixed ranks"
-            )
-        if not 1 <= rank <= max(shape.d_in, shape.d_out):
-            raise Refused(f"{where} sent rank {rank}, allowed: 1 to {max(shape.d_in, shape.d_out)}")
+        if rank > known or (rank < known and not self.phase.mixed_ranks) or rank < 1:
+            # Whoever takes mixed ranks takes a client that gave up some of its directions, too.
+            allowed = f"1 to {known}" if self.phase.mixed_ranks else str(known)
+            raise Refused(f"{where} sent factors of rank {rank}, allowed: {allowed}")
         expected = {
             "A": (rank, shape.d_in),
             "B": (shape.d_out, rank),
-            "R": (rank, rank),
+            "R": tuple(self.server.held[layer]["R"].shape) if "R" in self.server.held[layer] else (rank, rank),
             "G": (shape.d_out, shape.d_in),
         }
         for name, x in own.items():
@@ -293,18 +322,19 @@ class Aggregator:
         except MethodError as refusal:
             raise ServerError(str(refusal)) from refusal
         downloads = {layer: self._finish(layer, download) for layer, download in combined.items()}
-        error: dict[str, float] | None = None
+        error: dict[str, float] = {}
+        error_of_sum: dict[str, float] = {}
         rank: dict[str, int] = {}
         for layer, download in downloads.items():
             sent = self._sent(layer, download)
             rank[layer] = sent[0].shape[-1]
             if self._ideal is not None:
                 common = {name: x.double() for name, x in self.server.held[layer].items()}
-                ideal = method.product({**common, **self._ideal[layer].done()})
-                error = error or {}
-                error[layer] = algebra.relative_error(sent, ideal)
+                B, A = method.product({**common, **self._ideal[layer].done()})
+                error[layer] = algebra.relative_error(sent, (B, A))
+                error_of_sum[layer] = algebra.relative_error(sent, (len(self.folded) * B, A))
         plain = {name: wire.rounded(x, self.server.dtype) for name, x in self._plain.done().items()}
-        return Aggregated(downloads, plain, error, rank)
+        return Aggregated(downloads, plain, error or None, error_of_sum or None, rank, self._ranks)
 
     def _finish(self, layer: str, download: Download) -> Download:
         """Mixes the run's seed and the round into a reset, and rounds tensors as the wire will."""

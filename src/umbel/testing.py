@@ -106,8 +106,11 @@ class Trial:
     def _client(self, k: int, rows: float, rank: int) -> Client:
         factors: Layers = {}
         for i, (layer, (d_out, d_in)) in enumerate(self.shapes.items()):
-            sizes = {"A": (rank, d_in), "B": (d_out, rank), "R": (rank, rank), "G": (d_out, d_in)}
-            common = {} if not self.phase.trains else _cut(self.held[layer], rank)
+            held = _cut(self.held[layer], rank)
+            R = held["R"].shape if "R" in held else (rank, rank)
+            sizes = {"A": (rank, d_in), "B": (d_out, rank), "R": (R[0], R[1]), "G": (d_out, d_in)}
+            gradient = not self.phase.trains and self.phase.measures == "gradient"
+            common = {} if gradient else held
             seeds = {name: 1000 * i + 10 * k + 100 + "ABRG".index(name) for name in sizes}
             moved = {name: _draw(*sizes[name], seeds[name]) for name in self.phase.trains or self.phase.sends}
             factors[layer] = common | {name: common.get(name, 0) + 0.5 * x for name, x in moved.items()}
@@ -196,7 +199,7 @@ def _tensors(download: Download) -> dict[str, Tensor]:
 def _check_shapes(layer: str, download: Download, d_out: int, d_in: int) -> None:
     for name, x in _tensors(download).items():
         side = name.removeprefix("merge.")
-        wanted = {"A": (x.shape[0], d_in), "B": (d_out, x.shape[-1]), "R": (x.shape[0], x.shape[0])}.get(side)
+        wanted = {"A": (x.shape[0], d_in), "B": (d_out, x.shape[-1]), "R": (x.shape[0], x.shape[-1])}.get(side)
         if tuple(x.shape) != wanted:
             raise _Broken(f"layer of {d_out} × {d_in}: got {name} of shape {tuple(x.shape)}")
         if not torch.isfinite(x).all():
@@ -227,7 +230,7 @@ def _claim(sentence: str) -> Callable[[Check], Check]:
 
 @_claim("clients that moved along one direction get the weighted mean")
 def _known_answer(trial: Trial) -> str | None:
-    if not trial.phase.trains:
+    if not (trial.phase.trains and trial.phase.by_rows):
         return None
     clients = trial.aligned()
     return _same(difference(trial.effects(clients), trial.ideal(clients).expand(len(clients), -1)), "against Σ p_k ΔW_k")
@@ -369,9 +372,15 @@ def _mixed(trial: Trial) -> str | None:
     try:
         trial.aggregate(trial.clients(ranks=ranks))
     except MethodError as error:
+        if trial.phase.mixed_ranks:
+            raise _Broken(f"mixed_ranks is True, but refused: {error}") from None
         if "\n" in str(error) or "rank" not in str(error):
             raise _Broken(f"refused, but not in a sentence that says rank: {error}") from None
         return "refused"
+    if not trial.phase.mixed_ranks:
+        return "refused by the server, since mixed_ranks is False"
+    if not trial.phase.by_rows:
+        return "taken"
     clients = trial.clients(ranks=ranks) if trial.phase.exact else trial.aligned(ranks)
     measured = difference(trial.effects(clients), trial.ideal(clients).expand(len(clients), -1))
     return "taken, " + _same(measured, "mixed ranks against Σ p_k ΔW_k")
@@ -428,7 +437,8 @@ def _make(method: Method | type[Method] | str, options: dict[str, Any]) -> Metho
 
 
 def _title(index: int, phase: Method) -> str:
-    return f"{index} ({'train ' + ' '.join(phase.trains) if phase.trains else 'measure'})"
+    kind = f"train {' '.join(phase.trains)}" if phase.trains else "measure" if phase.measures == "gradient" else "gather"
+    return f"{index} ({kind})"
 
 
 def trials(method: Method, shapes: Shapes) -> Iterator[tuple[str, Trial]]:
@@ -444,7 +454,10 @@ def trials(method: Method, shapes: Shapes) -> Iterator[tuple[str, Trial]]:
             continue
         seen.append(kind)
         if "R" in phase.trains:
-            held = {layer: {"R": _draw(RANK, RANK, 9), **own} for layer, own in held.items()}
+            held = {
+                layer: {**own, "R": _draw(*own["R"].shape, 9) if "R" in own else _draw(RANK, RANK, 9)}
+                for layer, own in held.items()
+            }
         trial = Trial(phase, held, shapes)
         yield _title(index, phase), trial
         if not phase.trains:
@@ -538,8 +551,5 @@ def capabilities(method: Method | type[Method] | str, **options: Any) -> dict[st
         if trial.phase.trains:
             ideal = trial.ideal(clients)
             found["error"] = max(found["error"], *(difference(row, ideal) for row in trial.effects(clients)))
-            try:
-                trial.aggregate(trial.clients(ranks=(2, 1, RANK, RANK)))
-            except MethodError:
-                found["mixed_ranks"] = False
+            found["mixed_ranks"] &= trial.phase.mixed_ranks
     return {"exact": found["error"] < 1e-10, **found}

@@ -19,6 +19,9 @@ METHODS = [
     {"name": "fedit", "training": {"optimizer_state": "keep"}},
     {"name": "florist", "adopt": "merge", "energy": 0.9},
     {"name": "fed_sb", "server": {"clients_per_round": 2}},
+    {"name": "fedsa_lora", "training": {"optimizer_state": "keep"}, "server": {"clients_per_round": 2}},
+    {"name": "rolora", "training": {"optimizer_state": "keep"}},
+    {"name": "hetlora", "gamma": 0.5, "lora": {"r": [2, 4, 8]}},
 ]
 
 

@@ -39,7 +39,10 @@ METHODS: list[dict[str, Any]] = [
     {"name": "fed_sb", "lora": {"r": 8, "lora_alpha": 8}},
     {"name": "fed_sb", "label": "fed_sb-gradient", "init": "gradient"},
     {"name": "fed_sb", "label": "fed_sb-random", "init": "random"},
+    *({"name": name} for name in ("ffa_lora", "rolora", "fedex_lora", "flora", "flexlora", "hetlora", "lora_fair")),
+    *({"name": name} for name in ("fedsvd", "best_rank", "exact", "ravan")),
 ]
+EXACT = ("fed_sb", "fed_sb-gradient", "fed_sb-random", "florist-merge", "ffa_lora", "rolora", "fedex_lora", "flora", "fedsvd")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -81,7 +84,7 @@ def test_every_round_of_every_method_is_recorded_whole(job: Path, label: str) ->
 
 
 def test_exact_methods_are_exact_and_flora_na_is_no_worse_than_what_it_starts_from(job: Path) -> None:
-    for label in ("fed_sb", "fed_sb-gradient", "fed_sb-random", "florist-merge"):
+    for label in (*EXACT, "exact", "ravan"):
         for line in lines(job / label):
             assert all(error <= 1e-5 for error in (line["aggregation_error"] or {}).values()), label
     assert any(error > 1e-3 for error in lines(job / "fedit")[-1]["aggregation_error"].values())

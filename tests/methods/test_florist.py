@@ -117,3 +117,56 @@ def test_it_claims_to_be_exact_only_where_nothing_is_cut():
 def test_options_out_of_range_are_refused_with_what_is_allowed(options):
     with pytest.raises(MethodError, match="allowed"):
         load("florist", **options)
+
+
+# What a client does with a pair of lower rank than its own. The release pads both factors with zeros.
+
+
+def trained(A, B, steps=30):
+    """Trains copies by AdamW on a target that no pair of low rank meets; returns them and their first gradients."""
+    A, B = A.clone().requires_grad_(), B.clone().requires_grad_()
+    target, optimizer = draw(D_OUT, D_IN, seed=3), torch.optim.AdamW([A, B], lr=0.05)
+    first = None
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (B @ A - target).square().sum().backward()
+        first = first or (A.grad.clone(), B.grad.clone())
+        optimizer.step()
+    return A.detach(), B.detach(), *first
+
+
+def test_zeros_on_both_sides_are_dead_directions_that_never_learn():
+    factors = aggregate(clients((5, 5)), [1.0, 1.0], rank=2).factors
+    A = torch.cat([factors["A"], torch.zeros(3, D_IN).double()])
+    B = torch.cat([factors["B"], torch.zeros(D_OUT, 3).double()], 1)
+    A_after, B_after, A_grad, B_grad = trained(A, B)
+    assert torch.equal(A_grad[2:], torch.zeros(3, D_IN).double())
+    assert torch.equal(B_grad[:, 2:], torch.zeros(D_OUT, 3).double())
+    assert torch.equal(A_after[2:], torch.zeros(3, D_IN).double())
+    assert torch.equal(B_after[:, 2:], torch.zeros(D_OUT, 3).double())
+    assert torch.linalg.matrix_rank(B_after @ A_after) == 2  # a client of rank 5 has the capacity of rank 2
+
+
+def test_umbels_padding_leaves_the_product_and_keeps_every_direction_alive(tmp_path):
+    from transformers import AutoModel
+
+    import tiny
+    from umbel.client.adapter import Adapter
+    from umbel.config import Lora
+    from umbel.method import Download
+
+    base = AutoModel.from_pretrained(str(tiny.bert(tmp_path)))
+    adapter = Adapter(base, Lora(target_modules=["query"], r=5, lora_alpha=5), [], seed=1)
+    layer, shape = next(iter(adapter.layers.items()))
+    stack = Stack()
+    for k in range(2):
+        stack.add({"B": draw(shape.d_out, 5, seed=k).float(), "A": draw(5, shape.d_in, seed=9 + k).float()}, 1.0)
+    sent = load("florist", rank=2).combine(stack.done(), {})
+    adapter.apply({layer: Download(factors=sent.factors)}, {})
+    own = {name: x.double() for name, x in adapter.read()[layer].items()}
+    assert own["A"].shape[0] == 5
+    torch.testing.assert_close((own["B"] @ own["A"]).float(), sent.factors["B"] @ sent.factors["A"])
+
+    A, B = own["A"].clone().requires_grad_(), own["B"].clone().requires_grad_()
+    (B @ A - draw(shape.d_out, shape.d_in, seed=3)).square().sum().backward()
+    assert (B.grad[:, 2:].norm(dim=0) > 0).all()

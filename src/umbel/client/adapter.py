@@ -19,12 +19,36 @@ from umbel.server import LayerShape, fresh_factors
 NAME = "default"
 
 
-class WithR(nn.Sequential):
-    """Fed-SB's B R in the place of LoRA's B: first R (r × r), then B. PEFT computes A before and the scale after."""
+class Blocks(nn.Module):
+    """A block-diagonal R: r / b blocks of b × b, stored one below the other as r × b, and a scalar s_i for each.
 
-    def __init__(self, B: nn.Linear) -> None:
-        R = nn.Linear(B.in_features, B.in_features, bias=False, device=B.weight.device, dtype=B.weight.dtype)
-        nn.init.zeros_(R.weight)
+    Args:
+        like: Gives dtype and device.
+        rank: r.
+        size: b, which divides r.
+    """
+
+    def __init__(self, like: Tensor, rank: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(like.new_zeros(rank, size))
+        self.s = nn.Parameter(like.new_ones(rank // size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns R x: for each block s_i R_i x_i, in the shape of x, … × r."""
+        size = self.weight.shape[1]
+        R = self.weight.unflatten(0, (-1, size)) * self.s[:, None, None]
+        return torch.einsum("...hb,hcb->...hc", x.unflatten(-1, (-1, size)), R.to(x.dtype)).flatten(-2)
+
+
+class WithR(nn.Sequential):
+    """B R in the place of LoRA's B: first R (r × r, or blocks), then B. PEFT computes A before and the scale after."""
+
+    def __init__(self, B: nn.Linear, size: int) -> None:
+        like, rank = B.weight.detach(), B.in_features
+        R: nn.Module = Blocks(like, rank, size)
+        if size == rank:
+            R = nn.Linear(rank, rank, bias=False, device=like.device, dtype=like.dtype)
+            nn.init.zeros_(R.weight)
         super().__init__()
         self.add_module("R", R)
         self.add_module("B", B)
@@ -45,8 +69,8 @@ class Adapter:
 
         self._check_targets(base, lora)
         options = peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT says int and takes float
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT says int and takes float
             lora_dropout=lora.lora_dropout,
             target_modules="all-linear" if "all-linear" in lora.target_modules else list(lora.target_modules),
             use_rslora=lora.use_rslora,
@@ -74,6 +98,7 @@ class Adapter:
             public_name(name): p for name, p in self.model.named_parameters() if p.requires_grad and ".lora_" not in name
         }
         self._first_plain = {name: p.detach().clone() for name, p in self.plain_parameters.items()}
+        self._scaling = {name: module.scaling[NAME] for name, module in self._modules.items()}
         self._pristine: dict[str, Tensor] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self._history = self._resident_history = ""
@@ -90,7 +115,8 @@ class Adapter:
 
     @staticmethod
     def _shape(module: Any) -> LayerShape:
-        A, B = module.lora_A[NAME].weight, module.lora_B[NAME].weight
+        parameters = _parameters(module)
+        A, B = parameters["A"], parameters["B"]
         return LayerShape(B.shape[0], A.shape[1], A.shape[0])
 
     def remove(self) -> nn.Module:
@@ -117,8 +143,9 @@ class Adapter:
         chosen: list[nn.Parameter] = []
         for module in self._modules.values():
             for name, parameter in _parameters(module).items():
-                parameter.requires_grad_(name in wanted)
-                chosen += [parameter] if name in wanted else []
+                trained = name in wanted or (name == "s" and "R" in wanted)
+                parameter.requires_grad_(trained)
+                chosen += [parameter] if trained else []
         for parameter in self.plain_parameters.values():
             parameter.requires_grad_(bool(wanted))
         return chosen
@@ -133,33 +160,51 @@ class Adapter:
 
     # Between the model and the wire
 
-    def restart(self, seed: int) -> None:
-        """Starts the adapter, the head and the frozen weights afresh, as a client that never took part has them."""
+    def scale(self, lora: Lora | None = None) -> None:
+        """Gives every layer the scale of a client's own rank and alpha, or the usual one."""
+        for name, module in self._modules.items():
+            module.scaling[NAME] = self._scaling[name] if lora is None else lora.scale
+
+    def restart(self, seed: int, own: Lora | None = None) -> None:
+        """Starts the adapter, the head and the frozen weights afresh, as a client that never took part has them.
+
+        Args:
+            seed: The run's.
+            own: The client's own rank and alpha, where clients differ.
+        """
+        self.scale(own)
         self._set_base({}, "")
         self._history, self.merged = "", {}
         with torch.no_grad():
             for name, parameter in self.plain_parameters.items():
                 parameter.copy_(self._first_plain[name])
             for layer, shape in self.layers.items():
-                self._reset(layer, shape, seed)
+                _resize(self._modules[layer], shape.rank if own is None else own.rank)
+                self._reset(layer, seed)
 
-    def _reset(self, layer: str, shape: LayerShape, seed: int) -> None:
-        _carry_R(self._modules[layer], False)
-        self._write(layer, fresh_factors(layer, shape, seed))
+    def _reset(self, layer: str, seed: int) -> None:
+        _carry_R(self._modules[layer], 0)
+        self._write(layer, fresh_factors(layer, self._shape(self._modules[layer]), seed))
 
     def read(self, names: Iterable[str] = ("A", "B", "R")) -> dict[str, Factors]:
         """Returns copies of the named factors that are there, in units of ΔW, float32."""
         wanted = set(names)
         result: dict[str, Factors] = {}
         for layer, module in self._modules.items():
-            parameters = _parameters(module)
-            carrier = "R" if "R" in parameters else "B"
             result[layer] = {
-                name: parameters[name].detach().to(torch.float32, copy=True) * (module.scaling[NAME] if name == carrier else 1)
-                for name in parameters
-                if name in wanted
+                name: x.detach().to(torch.float32, copy=True) for name, x in _in_units(module).items() if name in wanted
             }
         return result
+
+    def live(self) -> dict[str, Factors]:
+        """Returns all factors in units of ΔW with their gradients, as training sees them."""
+        return {layer: _in_units(module) for layer, module in self._modules.items()}
+
+    @torch.no_grad()
+    def write(self, factors: Mapping[str, Factors]) -> None:
+        """Overwrites factors, in units of ΔW; a pair of another rank makes that the client's rank."""
+        for layer, own in factors.items():
+            self._write(layer, own)
 
     def read_plain(self) -> dict[str, Tensor]:
         """Returns copies of the trained parameters that are not factors, float32."""
@@ -181,7 +226,7 @@ class Adapter:
             if layer not in self._modules:
                 raise ConfigError(f"layer {layer!r} is not adapted here; adapted: {', '.join(list(self._modules)[:4])} …")
             if download.reset is not None:
-                self._reset(layer, self.layers[layer], download.reset)
+                self._reset(layer, download.reset)
             self._write(layer, self._fitted(layer, download.factors) if own_rank else download.factors)
             merged = algebra.add_products(self.merged.get(layer), download.merge)
             if download.merge is not None and merged is not None:
@@ -192,7 +237,7 @@ class Adapter:
             self.plain_parameters[name].copy_(value)
 
     def _fitted(self, layer: str, factors: Factors) -> Factors:
-        rank = self.layers[layer].rank
+        rank = self._shape(self._modules[layer]).rank
         if "A" not in factors or factors["A"].shape[0] == rank:
             return factors
         if set(factors) != {"A", "B"}:
@@ -210,14 +255,16 @@ class Adapter:
 
     def _write(self, layer: str, factors: Factors) -> None:
         module = self._modules[layer]
-        if "R" in factors:
-            _carry_R(module, True)
         if "A" in factors:
             _resize(module, factors["A"].shape[0])
+        if "R" in factors:
+            _carry_R(module, factors["R"].shape[1])
         parameters = _parameters(module)
         carrier = "R" if "R" in parameters else "B"
         for name, value in factors.items():
             parameters[name].data.copy_(value / module.scaling[NAME] if name == carrier else value)
+        if "R" in factors and "s" in parameters:
+            parameters["s"].data.fill_(1.0)
 
     def _set_base(self, merged: Mapping[str, tuple[Tensor, Tensor]], history: str) -> None:
         """Makes the resident frozen weights W₀ + B A; always from W₀, so that the way there leaves no trace in the bits."""
@@ -252,7 +299,7 @@ class Adapter:
         merged: dict[str, dict[str, Tensor]] = {}
         for layer, module in self._modules.items():
             _resize(module, tensors[f"{layer}|A"].shape[0])
-            _carry_R(module, f"{layer}|R" in tensors)
+            _carry_R(module, tensors[f"{layer}|R"].shape[1] if f"{layer}|R" in tensors else 0)
         for key, value in tensors.items():
             layer, _, name = key.rpartition("|")
             if layer == "plain":
@@ -284,18 +331,34 @@ def public_name(name: str) -> str:
 
 def _parameters(module: Any) -> dict[str, nn.Parameter]:
     A, B = module.lora_A[NAME].weight, module.lora_B[NAME]
-    if isinstance(B, WithR):
-        return {"A": A, "B": B.get_submodule("B").weight, "R": B.get_submodule("R").weight}  # type: ignore[dict-item]
-    return {"A": A, "B": B.weight}
+    if not isinstance(B, WithR):
+        return {"A": A, "B": B.weight}
+    R = B.get_submodule("R")
+    found = {"A": A, "B": B.get_submodule("B").weight, "R": R.weight}
+    return found | ({"s": R.s} if isinstance(R, Blocks) else {})  # type: ignore[return-value]
 
 
-def _carry_R(module: Any, wanted: bool) -> None:
-    """Puts an R between A and B, or takes it away."""
+def _in_units(module: Any) -> Factors:
+    """Returns a layer's factors in units of ΔW: the scale in R where there is one, else in B; s_i in its block of R."""
+    parameters: dict[str, Tensor] = dict(_parameters(module))
+    carrier = "R" if "R" in parameters else "B"
+    parameters[carrier] = parameters[carrier] * module.scaling[NAME]
+    s = parameters.pop("s", None)
+    if s is not None:
+        parameters["R"] = parameters["R"] * s.repeat_interleave(parameters["R"].shape[1])[:, None]
+    return parameters
+
+
+def _carry_R(module: Any, size: int) -> None:
+    """Puts an R with blocks of this size between A and B (r: one block), or takes it away (0)."""
     B = module.lora_B[NAME]
-    if wanted and not isinstance(B, WithR):
-        module.lora_B[NAME] = WithR(B)
-    elif not wanted and isinstance(B, WithR):
+    if isinstance(B, WithR):
+        R: Any = B.get_submodule("R")
+        if R.weight.shape[1] == size:
+            return
         module.lora_B[NAME] = B.get_submodule("B")
+    if size:
+        module.lora_B[NAME] = WithR(module.lora_B[NAME], size)
 
 
 def _resize(module: Any, rank: int) -> None:
@@ -303,7 +366,7 @@ def _resize(module: Any, rank: int) -> None:
     A = module.lora_A[NAME]
     if A.out_features == rank:
         return
-    _carry_R(module, False)
+    _carry_R(module, 0)
     B = module.lora_B[NAME]
     A.weight = nn.Parameter(A.weight.new_empty(rank, A.in_features))
     B.weight = nn.Parameter(B.weight.new_empty(B.out_features, rank))

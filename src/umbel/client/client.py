@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from umbel import algebra, wire
+from umbel import method as methods
 from umbel.client import fit
 from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode
 from umbel.client.evaluate import evaluate
 from umbel.client.model import Base
 from umbel.client.prompts import pad_id
-from umbel.config import Config
+from umbel.config import Config, Lora
 from umbel.record import write_file
 from umbel.server import OBSERVER
 
 Answer = dict[str, Any]
+
+OPTIMIZER = "optimizer|"
+"""Begins the names of an optimizer's state in a client's file: optimizer|<factors>|<tensor>."""
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Resident:
         train: Tokens of the training rows, in their order.
         test: Tokens of the test rows.
         on_step: Called with (client, step, steps).
+        ranks: Per client the rank of its adapter, where clients differ.
     """
 
     config: Config
@@ -46,6 +51,15 @@ class Resident:
     train: list[Example]
     test: list[Example]
     on_step: Callable[[int, int, int], None] = lambda client, step, steps: None
+    ranks: Mapping[int, int] = field(default_factory=dict[int, int])
+
+    def __post_init__(self) -> None:
+        choice = self.config.method
+        self.method = methods.load(choice.name, **choice.options)
+
+    def lora(self, client: int) -> Lora | None:
+        """Returns a client's own rank and alpha; None where all have the same."""
+        return self.config.lora.of(client, self.ranks[client]) if client in self.ranks else None
 
     def score(self, owner: int, generate: bool) -> dict[str, float] | None:
         """Scores the model as it stands on a client's test rows, or on all for the observer; None without rows."""
@@ -92,7 +106,7 @@ class Client:
         """Answers one request.
 
         Args:
-            payload: A message of kind "open", "train", "measure" or "observe".
+            payload: A message of kind "open", "train", "measure", "gather" or "observe".
 
         Returns:
             The reply, in the run's wire dtype.
@@ -112,6 +126,8 @@ class Client:
             header, tensors = self._observe(request.header)
         elif kind == "measure":
             header, tensors = self._measure(request.header)
+        elif kind == "gather":
+            header, tensors = self._gather(request.header)
         else:
             header, tensors, optimizer = self._train(request.header, optimizer)
         self._keep(request.header, optimizer)
@@ -128,22 +144,24 @@ class Client:
         return [self.resident.train[i] for i, own in enumerate(self.resident.dataset.owner_train) if own == self.number]
 
     def _open(self) -> Answer:
-        layers = {name: [s.d_out, s.d_in, s.rank] for name, s in self.resident.adapter.layers.items()}
+        own = self.resident.ranks.get(self.number)
+        layers = {name: [s.d_out, s.d_in, own or s.rank] for name, s in self.resident.adapter.layers.items()}
         plain = {name: list(p.shape) for name, p in self.resident.adapter.plain_parameters.items()}
         return {"layers": layers, "plain": plain, "rows": len(self._mine())}
 
     def _take(self, request: wire.Message) -> dict[str, Tensor]:
-        """Puts this client on the model: its own state, then what it is owed. Returns its optimizer's state."""
+        """Puts this client on the model: its own state, then what it is owed. Returns its optimizers' states, as kept."""
         adapter, optimizer = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
             has = request.header["has"]
+            own = self.resident.lora(self.number)
             if has < 0:
-                adapter.restart(self.resident.config.seed)
+                adapter.restart(self.resident.config.seed, own)
             else:
                 kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
-                prefix = "optimizer|"
-                optimizer = {k.removeprefix(prefix): x for k, x in kept.tensors.items() if k.startswith(prefix)}
-                state = {k: x for k, x in kept.tensors.items() if not k.startswith(prefix)}
+                optimizer = {k: x for k, x in kept.tensors.items() if k.startswith(OPTIMIZER)}
+                state = {k: x for k, x in kept.tensors.items() if not k.startswith(OPTIMIZER)}
+                adapter.scale(own)
                 adapter.set_state(kept.header["history"], state)
             downloads = wire.unpack(request.header, request.tensors)
             adapter.apply(downloads, wire.unpack_plain(request.tensors), own_rank=self.number != OBSERVER)
@@ -153,7 +171,7 @@ class Client:
         """Makes this client's state durable; the one the server believes in stays until the next request."""
         with self._timed("record"):
             history, tensors = self.resident.adapter.state()
-            tensors |= {f"optimizer|{key}": x for key, x in optimizer.items()}
+            tensors |= optimizer
             self.folder.mkdir(parents=True, exist_ok=True)
             keep = {f"{header['has']}.safetensors", f"{header['keep']}.safetensors"}
             write_file(self.folder / f"{header['keep']}.safetensors", wire.encode(wire.Message({"history": history}, tensors)))
@@ -166,6 +184,8 @@ class Client:
 
     def _train(self, header: Answer, optimizer: dict[str, Tensor]) -> tuple[Answer, dict[str, Tensor], dict[str, Tensor]]:
         resident = self.resident
+        # A method that trains now this, now that factor has an optimizer for each.
+        mine = f"{OPTIMIZER}{''.join(header['trains'])}|"
         with self._timed("fit"):
             fitted = fit.fit(
                 resident.adapter,
@@ -176,15 +196,28 @@ class Client:
                 self._seed(header),
                 int(header["train_round"]),
                 int(header["rounds"]),
-                optimizer,
+                {k.removeprefix(mine): x for k, x in optimizer.items() if k.startswith(mine)},
                 lambda step, steps: resident.on_step(self.number, step, steps),
+                resident.method,
             )
         with self._timed("evaluate"):
             scores = resident.score(self.number, generate=False) if header["score"] else None
         with self._timed("adapter"):
-            tensors = wire.pack_factors(resident.adapter.read(header["sends"])) | wire.pack_plain(resident.adapter.read_plain())
+            tensors = wire.pack_factors(resident.adapter.read(header["sends"]))
+            # What keeps a factor at home keeps the head there, too.
+            tensors |= {} if header["keeps"] else wire.pack_plain(resident.adapter.read_plain())
+        others = {k: x for k, x in optimizer.items() if not k.startswith(mine)}
         answer = {"rows": len(self._mine()), "loss": fitted.loss, "steps": fitted.steps, "scores": scores}
-        return answer, tensors, fitted.optimizer
+        return answer, tensors, others | {mine + key: x for key, x in fitted.optimizer.items()}
+
+    def _gather(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
+        """Scores this client's own model, then sends of it what nobody had until now."""
+        resident = self.resident
+        with self._timed("evaluate"):
+            scores = resident.score(self.number, generate=False) if header["score"] else None
+        with self._timed("adapter"):
+            tensors = wire.pack_factors(resident.adapter.read(header["sends"])) | wire.pack_plain(resident.adapter.read_plain())
+        return {"rows": len(self._mine()), "scores": scores}, tensors
 
     def _measure(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
         resident = self.resident

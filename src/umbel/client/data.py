@@ -18,7 +18,7 @@ import numpy as np
 
 from umbel.algebra import seed_of
 from umbel.client.prompts import Example, collate, columns, encode, render, string
-from umbel.client.split import Row, split
+from umbel.client.split import Row, split, unseen_clients
 from umbel.config import Config, ConfigError, nearest
 
 __all__ = ["Dataset", "Example", "collate", "encode", "fingerprint", "load", "locate", "read_rows"]
@@ -188,6 +188,7 @@ class Dataset:
         row_train: The number of each training row in its file, counted from 0.
         row_test: Likewise.
         dropped: Rows left out because they have no text, of "train" and of "test".
+        unseen: Clients that take no part (`split.unseen`).
     """
 
     train: list[Row]
@@ -202,6 +203,7 @@ class Dataset:
     row_train: list[int] = field(default_factory=list[int])
     row_test: list[int] = field(default_factory=list[int])
     dropped: dict[str, int] = field(default_factory=dict[str, int])
+    unseen: list[int] = field(default_factory=list[int])
 
     def train_of(self, k: int) -> list[Row]:
         """Returns client k's training rows."""
@@ -220,6 +222,7 @@ class Dataset:
         return {
             "kind": self.kind,
             "clients": self.clients,
+            "unseen": self.unseen,
             "labels": self.labels or ["all rows"],
             "train": self._counts(self.train, self.owner_train),
             "test": self._counts(self.test, self.owner_test),
@@ -292,6 +295,7 @@ def load(config: Config) -> Dataset:
         owner_train=owner_train,
         owner_test=owner_test,
         clients=clients,
+        unseen=unseen_clients(config, clients),
         hashes=hashes,
         kind=config.split.kind,
         label=data.label,

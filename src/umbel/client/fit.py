@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from umbel.client.adapter import Adapter
 from umbel.client.data import Example, collate
 from umbel.config import Training
+from umbel.method import Method
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def fit(
     rounds: int,
     optimizer_state: Mapping[str, Tensor],
     progress: Callable[[int, int], None],
+    method: Method | None = None,
 ) -> Fitted:
     """Trains the named factors and the head on one client's examples.
 
@@ -105,11 +107,15 @@ def fit(
         rounds: Of the whole run.
         optimizer_state: Of the last round, to go on with; empty to start anew.
         progress: Called with (step, steps).
+        method: Whose penalty on the factors is added to the loss, and who may cut them afterwards.
     """
     steps = steps_per_round(training, len(examples))
     factors, head = adapter.trainable(trains), list(adapter.plain_parameters.values())
     optimizer = _optimizer(training, factors, head)
     _load(optimizer, optimizer_state)
+    penalized = method is not None and type(method).penalty is not Method.penalty
+    cut = method is not None and type(method).trained is not Method.trained
+    before = adapter.read() if cut else {}
     rates = [group["lr"] for group in optimizer.param_groups]
     stream = batches(examples, training.per_device_train_batch_size, torch.Generator().manual_seed(seed))
     device = next(adapter.model.parameters()).device
@@ -130,6 +136,10 @@ def fit(
                 loss = loss_of(adapter.model, batch, training.bf16) * (count / sum(counts))
                 loss.backward()
                 total += loss.item()
+            if penalized and method is not None:
+                extra = [x for own in adapter.live().values() if (x := method.penalty(own)) is not None]
+                if extra:
+                    torch.stack(extra).sum().backward()
             if not math.isfinite(total):
                 raise FloatingPointError(f"training loss is {total} at step {step + 1}; lower training.learning_rate")
             if training.max_grad_norm > 0:
@@ -139,6 +149,8 @@ def fit(
             losses.append(total)
             progress(step + 1, steps)
     adapter.model.eval()
+    if cut and method is not None:
+        adapter.write({layer: method.trained(before[layer], own) for layer, own in adapter.read().items()})
     kept = _state(optimizer) if training.optimizer_state == "keep" else {}
     return Fitted(sum(losses) / len(losses), steps, kept)
 
@@ -165,7 +177,10 @@ def _load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> No
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    if state:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fits = all(x.shape in ((), parameters[i].shape) for i, own in state.items() for x in own.values() if i < len(parameters))
+    # A client that gave up directions begins anew.
+    if state and fits:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

@@ -72,6 +72,20 @@ def split(
     )
 
 
+def unseen_clients(config: Config, clients: int) -> list[int]:
+    """Returns the clients that take no part: `split.unseen` of them, at least one where it is not 0, drawn by the seed.
+
+    Raises:
+        ConfigError: Nobody would be left.
+    """
+    share = config.split.unseen
+    count = max(1, round(share * clients)) if share > 0 else 0
+    if count >= clients:
+        raise ConfigError(f"split.unseen: got {share}, which leaves none of {clients} clients to train")
+    drawn = np.random.default_rng(seed_of(config.seed, "unseen")).permutation(clients)[:count]
+    return sorted(drawn.tolist())
+
+
 def deal(n: int, weights: Sequence[float] | np.ndarray, generator: np.random.Generator) -> Owners:
     """Deals n rows to clients in proportion to weights, by largest remainder; equal remainders and the order are random.
 

@@ -31,7 +31,7 @@ class FloRIST(Method):
         adopt: "load" as the trainable adapter, or "merge" into the frozen weight and start the adapter afresh.
     """
 
-    collect = Stack
+    collect, mixed_ranks = Stack, True
 
     energy: float | None = 0.9
     rank: int | None = None

@@ -17,7 +17,9 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     * `metric`, `lower_is_better`, `scores` (all test rows, after each training round), `score` (the last that was
       measured), `score_min` and `score_max` (over clients; `local` only), `exact_match` (likewise the last);
     * `local_score`: mean over clients, weighted by test rows, of a client's own model on its own test rows after the last
-      training and before aggregation; `gap`: that minus the score of the same round;
+      training and before aggregation; `gap`: that minus the score of the same round; `personal_score`: likewise, of clients'
+      models with the parts that stayed with them after the last aggregation, for methods that leave some there;
+    * `by_client`: `client`, `local_score`, `gap` and `personal_score` of each;
     * `error_max`, `error_mean`: aggregation error over layers in the last round that measured it;
       `error_max_rounds`, `error_mean_rounds`: the same, averaged over rounds;
     * `bytes_up`, `bytes_down`: per client (mean over all clients), whole run;
@@ -48,7 +50,8 @@ def errors(run: Run) -> list[tuple[int, dict[str, float]]]:
 def ranks(run: Run) -> list[tuple[int, dict[str, float]]]:
     """Returns (training round, rank sent by layer), or nothing where every rank is the adapter's own."""
     lora = run.config.get("lora") or {}
-    own = {lora.get("r"), *(lora.get("rank_pattern") or {}).values()}
+    listed = lora["r"] if isinstance(lora.get("r"), list) else [lora.get("r")]
+    own = {*listed, *(lora.get("rank_pattern") or {}).values()}
     series = [(line.get("train_round", 0), line["rank"]) for line in run.trained if line.get("rank")]
     return series if any(rank not in own for _, layer in series for rank in layer.values()) else []
 
@@ -85,6 +88,8 @@ def _row(entry: Entry) -> dict[str, Any]:
         ),
         "local_score": _mean([score for _, (score, _) in local]),
         "gap": _mean([score - whole for _, (score, whole) in local if whole is not None]),
+        "personal_score": first.personal_score if federated else None,
+        "by_client": _by_client(first) if federated else [],
         "error_max": max(layers[-1], key=_nan_largest) if layers else None,
         "error_mean": _mean(layers[-1]) if layers else None,
         "error_max_rounds": _mean([max(x, key=_nan_largest) for x in layers]),
@@ -101,6 +106,24 @@ def _local(run: Run, line: dict[str, Any]) -> tuple[float, float | None] | None:
     """Returns (own models on own test rows, aggregated model on all test rows) of one round."""
     own = run.local_score(line)
     return None if own is None else (own, run.score(line))
+
+
+def _by_client(run: Run) -> list[dict[str, Any]]:
+    """Returns each client's own model on its own test rows, that minus the common model's score, and its personal model."""
+    if not run.trained:
+        return []
+    line, whole = run.trained[-1], run.score(run.trained[-1])
+    personal = (run.gathered or {}).get("local") or {}
+    return [
+        {
+            "client": int(client),
+            "local_score": own,
+            "gap": None if whole is None else own - whole,
+            "personal_score": (personal.get(client) or {}).get(run.metric),
+        }
+        for client, scores in sorted((line.get("local") or {}).items(), key=lambda x: int(x[0]))
+        if (own := (scores or {}).get(run.metric)) is not None
+    ]
 
 
 def _state(runs: Sequence[Run]) -> str:

@@ -24,9 +24,24 @@ STUDENT = (
 
 COLUMNS = (
     *("label", "kind", "method", "seed", "state", "scored_on", "metric", "score", "exact_match", "difference"),
-    *("own_test", "gap", "error_worst", "bytes_up", "bytes_down", "rank", "options", "rounds", "wall_seconds", "folder"),
+    *(
+        "own_test",
+        "gap",
+        "personal_score",
+        "error_worst",
+        "bytes_up",
+        "bytes_down",
+        "rank",
+        "options",
+        "rounds",
+        "wall_seconds",
+        "folder",
+    ),
 )
 """Of comparison.csv."""
+
+
+MEANS = ("gap", "personal_score", "exact_match", "bytes_up", "bytes_down")
 
 
 @dataclass(frozen=True)
@@ -125,9 +140,9 @@ def summary(comparison: Comparison) -> list[dict[str, Any]]:
 
     Each row has `label`, `kind`, `method`, `rank`, `options`, `seeds` (done), `seeds_planned`, `metric`, `lower_is_better`,
     `score`, `score_sd` (of the sample; None for one seed), `difference` (to the reference's, paired by seed; None for the
-    reference), `difference_half` (half its 95 % interval), `scores` (by round), `own_test`, `gap`, `exact_match`,
-    `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds, seeds), and `failed`, a list of
-    (seed, reason).
+    reference), `difference_half` (half its 95 % interval), `scores` (by round), `own_test`, `gap`, `personal_score`,
+    `exact_match`, `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds, seeds), and
+    `failed`, a list of (seed, reason).
     """
     told = runs(comparison)
     labels = dict.fromkeys(row["label"] for row in told)
@@ -151,7 +166,7 @@ def _summed(comparison: Comparison, own: list[dict[str, Any]]) -> dict[str, Any]
         "difference_half": half,
         "scores": [_mean([row["scores"][r] for row in done]) for r in range(length)],
         "own_test": _mean([row["local_score"] for row in done]),
-        **{key: _mean([row[key] for row in done]) for key in ("gap", "exact_match", "bytes_up", "bytes_down")},
+        **{key: _mean([row[key] for row in done]) for key in MEANS},
         "error_worst": _worst([row["error_worst"] for row in done if row["error_worst"] is not None]),
         "failed": [(row["seed"], row["error"]) for row in own if row["state"] == "failed"],
     }

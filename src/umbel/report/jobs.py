@@ -38,8 +38,20 @@ class Run:
 
     @property
     def trained(self) -> list[dict[str, Any]]:
-        """The lines of training rounds."""
-        return [line for line in self.lines if line.get("phase", "train") == "train"]
+        """The lines of training rounds; where the common model came together only afterwards, the last one has its scores."""
+        lines = [line for line in self.lines if line.get("phase", "train") == "train"]
+        whole = self.gathered
+        return [*lines[:-1], {**lines[-1], "global": whole.get("global")}] if lines and whole else lines
+
+    @property
+    def gathered(self) -> dict[str, Any] | None:
+        """The line in which clients sent what had stayed with them, where the method has one."""
+        return next((line for line in self.lines if line.get("phase") == "gather"), None)
+
+    @property
+    def personal_score(self) -> float | None:
+        """Σ n_k score_k / Σ n_k over clients: common parts with own parts, on own test rows, after the last round."""
+        return None if self.gathered is None else self.local_score(self.gathered)
 
     @property
     def planned(self) -> int:

@@ -1,0 +1,55 @@
+"""The exact oracle against its definition, and FedEx-LoRA against it."""
+
+import pytest
+import torch
+
+from umbel.method import Each, MethodError, load
+
+D_OUT, D_IN, R = 9, 13, 3
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def clients(ranks, seed=0):
+    return [(draw(D_OUT, r, seed=seed + 10 * k), draw(r, D_IN, seed=seed + 10 * k + 5)) for k, r in enumerate(ranks)]
+
+
+def mean_of_products(pairs, rows):
+    return sum(n / sum(rows) * B @ A for (B, A), n in zip(pairs, rows))
+
+
+def aggregate(name, pairs, rows):
+    each = Each()
+    for (B, A), n in zip(pairs, rows):
+        each.add({"B": B, "A": A}, n)
+    return load(name).combine(each.done(), {})
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_the_means_are_kept_and_all_that_they_miss_is_merged(K):
+    pairs, rows = clients((R,) * K), [float(k + 1) for k in range(K)]
+    download = aggregate("exact", pairs, rows)
+    B, A = download.factors["B"], download.factors["A"]
+    assert torch.allclose(B, sum(n / sum(rows) * own for (own, _), n in zip(pairs, rows)))
+    assert torch.allclose(A, sum(n / sum(rows) * own for (_, own), n in zip(pairs, rows)))
+    left, right = download.merge
+    assert torch.allclose(left @ right, mean_of_products(pairs, rows) - B @ A, atol=1e-12)
+    assert download.reset is None
+
+
+def test_fedex_lora_does_the_same_in_fewer_numbers():
+    pairs, rows = clients((2, 2, 2)), [1.0, 2.0, 5.0]
+    ours, fedex = aggregate("exact", pairs, rows), aggregate("fedex_lora", pairs, rows)
+    assert torch.equal(ours.factors["B"], fedex.factors["B"])
+    assert torch.equal(ours.factors["A"], fedex.factors["A"])
+    assert torch.allclose(ours.merge[0] @ ours.merge[1], fedex.merge[0] @ fedex.merge[1], atol=1e-12)
+    assert fedex.merge[0].shape[1] == 4
+    assert ours.merge[0].shape[1] == 8
+
+
+def test_it_claims_to_be_exact_and_refuses_mixed_ranks():
+    assert load("exact").exact
+    with pytest.raises(MethodError, match=r"needs one rank; mixed ranks are for .*florist"):
+        aggregate("exact", clients((2, 3)), [1.0, 1.0])

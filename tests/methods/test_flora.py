@@ -1,0 +1,53 @@
+"""FLoRA against the mean of products formed densely."""
+
+import pytest
+import torch
+
+from umbel.method import Stack, load
+
+D_OUT, D_IN = 9, 13
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def clients(ranks, seed=0):
+    return [(draw(D_OUT, r, seed=seed + 10 * k), draw(r, D_IN, seed=seed + 10 * k + 5)) for k, r in enumerate(ranks)]
+
+
+def mean_of_products(pairs, rows):
+    return sum(n / sum(rows) * B @ A for (B, A), n in zip(pairs, rows))
+
+
+def aggregate(pairs, rows):
+    stack = Stack()
+    for (B, A), n in zip(pairs, rows):
+        stack.add({"B": B, "A": A}, n)
+    return load("flora").combine(stack.done(), {})
+
+
+@pytest.mark.parametrize("ranks", [(2,), (3, 3, 3), (1, 4, 2), (6, 6, 6)])
+def test_what_is_merged_is_the_mean_of_products_and_as_wide_as_all_clients_together(ranks):
+    pairs, rows = clients(ranks), [float(k + 1) for k in range(len(ranks))]
+    B, A = aggregate(pairs, rows).merge
+    assert B.shape == (D_OUT, sum(ranks))
+    assert A.shape == (sum(ranks), D_IN)
+    assert torch.allclose(B @ A, mean_of_products(pairs, rows), atol=1e-12)
+
+
+def test_the_order_of_clients_changes_nothing():
+    pairs, rows = clients((1, 4, 2)), [1.0, 2.0, 5.0]
+    (B, A), (B_2, A_2) = aggregate(pairs, rows).merge, aggregate(pairs[::-1], rows[::-1]).merge
+    assert torch.allclose(B @ A, B_2 @ A_2, atol=1e-12)
+
+
+def test_the_adapter_starts_afresh():
+    download = aggregate(clients((2, 2)), [1.0, 1.0])
+    assert download.reset is not None
+    assert download.factors == {}
+
+
+def test_it_claims_to_be_exact_and_to_take_mixed_ranks():
+    assert load("flora").exact
+    assert load("flora").mixed_ranks
