@@ -114,17 +114,35 @@ def report_command(
 
 @app.command(name="eval")
 def eval_command(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, with adapter/ inside.")], as_json: JsonFlag = False
+    folder: Annotated[Path, typer.Argument(help="A run's folder, with adapter/ inside.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Option("--config", metavar="FILE", help="A task to score it on in place of its own; repeatable."),
+    ] = None,
+    assignments: SetFlag = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for the scores of every row.")] = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Score a finished run's adapter again, loaded from disk with plain PEFT."""
+    """Score a finished run's adapter, loaded from disk with plain PEFT: again, or on other tasks."""
     with _errors():
+        from umbel import config
         from umbel import run as running
 
-        scores = running.evaluate_again(folder)
+        if assignments and not files:
+            raise config.ConfigError("--set changes keys of the files that --config names; give --config, too")
+        tables = {file.stem: config.read(file, assignments) for file in files or []}
+        with _scoring(as_json) as progress:
+            if files:
+                scores = running.evaluate_on(folder, tables, out, progress)
+            else:
+                kept = out and out / "scores.jsonl"
+                scores = running.evaluate_again(folder, kept, lambda done, total: progress("", done, total))
         if as_json:
             typer.echo(json.dumps(scores))
+        elif files:
+            _console().print(_task_table(scores))
         else:
-            _show([(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in scores.items()])
+            _show([(name, _number(value)) for name, value in scores.items()])
 
 
 @app.command()
@@ -277,6 +295,38 @@ class _Drawing:
         done = (event["round"] - 1) * event["clients"] + event["answered"] if event["phase"] == "train" else 0
         text = f"  round {event['round']} of {event['rounds']}, client {event['client']}"
         self.progress.update(self.run, description=text, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _scoring(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what draws a bar on stderr while rows are scored."""
+    if quiet:
+        yield lambda task, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("scoring {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda task, done, total: progress.update(bar, description=task, completed=done, total=total)
+
+
+def _task_table(scores: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    table = Table(box=None)
+    table.add_column("task")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for task, own in scores.items():
+        table.add_row(task, *(_number(own[name]) if name in own else "" for name in names))
+    return table
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _split_table(manifest: dict[str, Any]) -> Any:

@@ -75,19 +75,29 @@ class Task:
     Args:
         kind: "classification" trains a head. "choice" trains a causal model to answer with the label's name and scores by
             the likelihood of all names. "instruction" trains on the response only; scored by test loss and exact match.
-        prompt: Template of the user's turn over the row's columns, e.g. "Which topic? {text}".
-        response: Template of the answer over the row's columns (instruction).
+        prompt: Template of the user's turn over the row's columns, e.g. "Which topic? {text}"; with `choices` also
+            {lettered_choices}, the row's options on lines of their own ("A. …").
+        response: Template of the answer over the row's columns (instruction; with `choices` also over {choice}, an option's
+            text, and {letter}: "" is "{choice}").
         label_names: For choice: what a label is called in the answer; a label without an entry is its own name.
-        answer: For instruction: regular expression whose last match in the response is compared ("" skips generation).
+        choices: For choice where every row has options of its own: their column, a list, or a text whose last word is the
+            options between slashes. `data.label` then names the right one: its text, its letter, or its number from 0.
+        answer: For instruction: regular expression whose last match in the response is compared ("" skips it).
+        program: For instruction: template of a program over the row's columns and {candidate}, the code in the reply; the
+            share of programs that run to their end is "pass_at_1" ("" skips it).
+        allow_code_execution: Whether `program`, written by a model, may be run here.
         max_new_tokens: Bound on generation.
-        exact_match_rows: Test rows that are generated for (generation is slow).
+        exact_match_rows: Test rows that are generated for, for `answer` or `program` (generation is slow).
     """
 
     kind: Literal["classification", "choice", "instruction"] = "classification"
     prompt: str = "{text}"
     response: str = ""
     label_names: dict[str, str] = field(default_factory=dict[str, str])
+    choices: str = ""
     answer: str = ""
+    program: str = ""
+    allow_code_execution: bool = False
     max_new_tokens: int = 128
     exact_match_rows: int = 0
 
@@ -386,9 +396,23 @@ def check(config: Config) -> Config:
             "keep 'float32', and training.bf16 = true for speed",
         ),
         (
-            bool(config.task.answer) != bool(config.task.exact_match_rows),
-            f"task.answer = {config.task.answer!r} and task.exact_match_rows = {config.task.exact_match_rows}: "
-            "give both for exact match, or neither",
+            bool(config.task.answer or config.task.program) != bool(config.task.exact_match_rows),
+            f"task.answer = {config.task.answer!r}, task.program = {config.task.program!r} and task.exact_match_rows = "
+            f"{config.task.exact_match_rows}: give one of the first two with a number of rows, or none",
+        ),
+        (
+            bool(config.task.answer and config.task.program),
+            "task.answer and task.program: give one of the two; a reply is either compared or run",
+        ),
+        (
+            bool(config.task.program) and not config.task.allow_code_execution,
+            "task.program runs code that a model wrote, on this machine; read docs/tasks.md, and where that is acceptable set "
+            "task.allow_code_execution = true",
+        ),
+        (
+            bool(config.task.choices) and (config.task.kind != "choice" or bool(config.task.label_names or config.data.labels)),
+            f"task.choices = {config.task.choices!r} is for task.kind = 'choice' (got {config.task.kind!r}) with options of "
+            "each row's own, so that task.label_names and data.labels have nothing to name; leave them out",
         ),
         (
             config.model.pooling == "mean" and config.task.kind != "classification",
@@ -512,6 +536,37 @@ def to_table(config: Config) -> dict[str, Any]:
     table = dataclasses.asdict(config)
     table["method"] = {"name": config.method.name, **config.method.options}
     return table
+
+
+def for_task(config: Config, table: dict[str, Any]) -> Config:
+    """Returns a run's configuration with another task in the place of its own, to score the run's model on it.
+
+    Args:
+        config: The run's.
+        table: `[data]`, of which `train` is not read, `[task]`, and of `[training]` what scoring takes.
+
+    Raises:
+        ConfigError: The table holds something else, or one of the two tasks needs a head.
+    """
+    scoring = ("per_device_eval_batch_size", "bf16")
+    training = table.get("training", {})
+    strange = [key for key in table if key not in ("data", "task", "training")]
+    strange += [f"training.{key}" for key in training if key not in scoring]
+    if strange:
+        raise ConfigError(
+            f"'{strange[0]}' is not for scoring a finished run on another task; allowed: [data], [task], and of [training] "
+            f"{' and '.join(scoring)}"
+        )
+    own = to_table(config)
+    own["data"] = {"train": own["data"]["train"], **table.get("data", {})}
+    own["training"] = {**own["training"], **training}
+    result = from_table({**own, "task": table.get("task", {})})
+    if "classification" in (config.task.kind, result.task.kind):
+        raise ConfigError(
+            f"task.kind: got {result.task.kind!r} for a run of kind {config.task.kind!r}; a classification head knows its own "
+            "labels only, so other tasks are for causal models (kinds 'choice' and 'instruction')"
+        )
+    return result
 
 
 def from_table(table: dict[str, Any]) -> Config:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ def write_file(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all."""
     write_file(path, _json(value, indent=1))
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes JSON Lines, whole or not at all."""
+    write_file(path, b"".join(_json(value) for value in values))
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from umbel import method as methods
 from umbel.config import Config, ConfigError, MethodChoice
 from umbel.engine.local import Local
 from umbel.loop import Plan, federate
-from umbel.record import Record, RecordError, locked, now, write_file, write_json
+from umbel.record import Record, RecordError, locked, now, write_file, write_json, write_lines
 from umbel.server import OBSERVER, ServerError
 
 Listener = Callable[[dict[str, Any]], None]
+Progress = Callable[[int, int], None]
 
 MAY_DIFFER = {"method", "lora", "training", "server", "wire"}
 """What the methods of one job may set for themselves; all else is shared, or they could not be compared."""
@@ -394,25 +396,79 @@ def free_folder(wanted: Path) -> Path:
     return folder
 
 
-def evaluate_again(folder: Path) -> dict[str, Any]:
+def evaluate_again(folder: Path, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Scores a finished run's adapter, loaded from disk with stock PEFT, on the run's test rows.
 
     Args:
         folder: A run's folder.
+        out: A file for the scores of every row, as `scores.jsonl` of a run.
+        progress: Called with the rows done and the rows in all.
+
+    Returns:
+        The metrics.
 
     Raises:
-        RecordError: There is no adapter.
+        RecordError: There is no adapter, or the rows have changed.
     """
-    if not (folder / "adapter" / "adapter_config.json").exists():
-        raise RecordError(f"{folder} has no adapter/; give a finished run's folder (of a method or the central baseline)")
+    config = _finished(folder)
     from umbel.client import data, publish
-    from umbel.client.evaluate import evaluate
 
-    config = configuration.from_table(configuration.read(folder / "run.toml"))
     dataset = data.load(config)
     then = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
     for name in ("train", "test"):
         if then.get(name) != dataset.hashes.get(name):
             raise RecordError(f"{folder}: the {name} rows have changed since the run, so its score cannot be repeated")
     with publish.Stock(config, len(dataset.labels)).loaded(folder / "adapter") as base:
-        return evaluate(base.model, base.tokenizer, dataset.test, dataset.labels, config)
+        return _scored(base, dataset, config, out, progress)
+
+
+def evaluate_on(
+    folder: Path,
+    tables: dict[str, dict[str, Any]],
+    out: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """Scores a finished run's adapter, loaded from disk with stock PEFT, on the test rows of other tasks.
+
+    Args:
+        folder: A run's folder.
+        tables: By name, `[data]` and `[task]` (see `umbel.config.for_task`).
+        out: A folder for the scores of every row, one file `<name>.jsonl` per task.
+        progress: Called with the task, its rows done and its rows in all.
+
+    Returns:
+        The metrics of each task.
+
+    Raises:
+        RecordError: There is no adapter.
+        ConfigError: A task cannot be scored.
+    """
+    own = _finished(folder)
+    from umbel.client import data, publish
+
+    tasks = {name: configuration.for_task(own, table) for name, table in tables.items()}
+    sets = {name: data.load_test(config) for name, config in tasks.items()}
+    # The model is loaded once; whether it can take so many tokens is asked for the longest.
+    longest = max(config.data.max_length for config in tasks.values())
+    with publish.Stock(replace(own, data=replace(own.data, max_length=longest)), 0).loaded(folder / "adapter") as base:
+        return {
+            name: _scored(base, sets[name], config, out and out / f"{name}.jsonl", partial(progress, name))
+            for name, config in tasks.items()
+        }
+
+
+def _finished(folder: Path) -> Config:
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise RecordError(f"{folder} has no adapter/; give a finished run's folder (of a method or the central baseline)")
+    return configuration.from_table(configuration.read(folder / "run.toml"))
+
+
+def _scored(base: Any, dataset: Any, config: Config, out: Path | None, progress: Progress | None) -> dict[str, Any]:
+    from umbel.client import evaluate
+
+    scored = evaluate.score(base.model, base.tokenizer, dataset.test, dataset.labels, config, progress=progress)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        owners = zip(dataset.owner_test, scored, strict=True)
+        write_lines(out, [{"row": i, "client": k, **evaluate.as_json(own)} for i, (k, own) in enumerate(owners)])
+    return evaluate.summary(scored, config)

@@ -123,7 +123,7 @@ def test_answers_with_a_repeated_cache_score_as_plain_forwards_of_prompt_and_ans
     prompts = [torch.randint(4, 20, (n,), generator=draw).tolist() for n in (9, 3, 12)]
     answers = [[4, 3], [4, 5, 6, 3], [7], [5, 8, 3]]
     with torch.inference_mode():
-        scores = answer_scores(model, prompts, answers, pad=17)
+        scores = answer_scores(model, prompts, [answers] * 3, pad=17)
     naive = torch.tensor([[log_likelihood(model, prompt, answer) for answer in answers] for prompt in prompts])
     assert scores.shape == (3, 4)
     assert torch.allclose(scores, naive, atol=1e-4), (scores - naive).abs().max()
@@ -132,7 +132,7 @@ def test_answers_with_a_repeated_cache_score_as_plain_forwards_of_prompt_and_ans
 
 def test_answers_of_one_token_need_no_second_pass(llama):
     with torch.inference_mode():
-        scores = answer_scores(llama, [[5, 6], [7]], [[4], [9]], pad=0)
+        scores = answer_scores(llama, [[5, 6], [7]], [[[4], [9]]] * 2, pad=0)
     naive = torch.tensor([[log_likelihood(llama, prompt, answer) for answer in ([4], [9])] for prompt in ([5, 6], [7])])
     assert torch.allclose(scores, naive, atol=1e-4)
 

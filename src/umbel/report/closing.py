@@ -19,6 +19,7 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     * `local_score`: mean over clients, weighted by test rows, of a client's own model on its own test rows after the last
       training and before aggregation; `gap`: that minus the score of the same round; `personal_score`: likewise, of clients'
       models with the parts that stayed with them after the last aggregation, for methods that leave some there;
+    * `unseen_score`: the last score on the test rows of the clients that took no part (`split.unseen`);
     * `by_client`: `client`, `local_score`, `gap` and `personal_score` of each;
     * `error_max`, `error_mean`: aggregation error over layers in the last round that measured it;
       `error_max_rounds`, `error_mean_rounds`: the same, averaged over rounds;
@@ -89,6 +90,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "local_score": _mean([score for _, (score, _) in local]),
         "gap": _mean([score - whole for _, (score, whole) in local if whole is not None]),
         "personal_score": first.personal_score if federated else None,
+        "unseen_score": _last([first.score(line, f"unseen_{first.metric}") for line in first.trained]),
         "by_client": _by_client(first) if federated else [],
         "error_max": max(layers[-1], key=_nan_largest) if layers else None,
         "error_mean": _mean(layers[-1]) if layers else None,

@@ -17,11 +17,16 @@ say = html.escape  # every text that comes from a file goes through it
 NOTE = """\
 <b>Score</b>: the aggregated model on all test rows, last round (↓: lower is better). <b>Own test</b>: each client’s model
 after its training and before aggregation, on its own test rows, mean weighted by rows; <b>gap</b>: that minus the score.
-<b>Error</b>: aggregation error, the relative distance of what was sent back from the weighted mean of the clients’ updates;
-max and mean over layers, of the last round and in the mean over all rounds. <b>Per client</b>: bytes over the whole run,
-mean over clients. <b>Overhead</b>: share of the run’s time outside training and evaluation. <b>local</b>: one client alone,
-mean over clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best of the methods."""
+<b>Personal</b>: common parts with those that stay at the client, on own test rows. <b>Unseen</b>: the aggregated model on
+the test rows of clients that took no part. <b>Error</b>: aggregation error, the relative distance of what was sent back
+from the weighted mean of the clients’ updates; max and mean over layers, of the last round and in the mean over all rounds.
+<b>Per client</b>: bytes over the whole run, mean over clients. <b>Overhead</b>: share of the run’s time outside training
+and evaluation. <b>local</b>: one client alone, mean over clients (range below; times are sums). <b>central</b>: one model
+on everyone’s rows. Bold: best of the methods."""
 
+
+PARTIAL = (("personal", "personal_score"), ("unseen", "unseen_score"))
+"""Columns for runs in which parts stay with the clients, or clients took no part."""
 
 RANKED = ("score", "error_max", "error_mean", "bytes_up", "bytes_down")
 
@@ -49,6 +54,7 @@ def write_html(jobs: Sequence[Job], path: Path) -> Path:
         facts(jobs),
         _closing_table(told, shown),
         *_score_figures(told, shown),
+        _by_client(told),
         _error_maps(shown),
         _rank_maps(shown),
         '<div class="pair">',
@@ -133,6 +139,7 @@ def _closing_table(told: list[dict[str, Any]], shown: Sequence[Entry]) -> str:
                 *([("exact match", "exact_match", words.score)] if matched else []),
                 ("own test", "local_score", words.score),
                 ("gap", "gap", words.difference),
+                *((name, key, words.score) for name, key in PARTIAL if any(row[key] is not None for row in told)),
             ],
         ),
         ("Error, last round", [("max", "error_max", words.error), ("mean", "error_mean", words.error)]),
@@ -178,6 +185,37 @@ def _table_row(row: dict[str, Any], columns: Sequence[Any], told: Sequence[dict[
     kind = "" if row["kind"] == "method" else ' class="baseline first-baseline"' if first else ' class="baseline"'
     swatch = f'<span class="swatch" style="background:{colour}"></span>'
     return f'<tr{kind}><th scope="row">{swatch}{say(row["label"])}{state}</th>{"".join(cells)}</tr>'
+
+
+def _by_client(told: list[dict[str, Any]]) -> str:
+    """Returns what each client's own model reached on its own test rows, and how far that is from the common model."""
+    federated = [row for row in told if row["by_client"]]
+    if not federated:
+        return ""
+    clients = sorted({own["client"] for row in federated for own in row["by_client"]})
+    body = ""
+    for row in federated:
+        own = {x["client"]: x for x in row["by_client"]}
+        cells = "".join(_client_cell(own.get(client)) for client in clients)
+        mean = {"local_score": row["local_score"], "gap": row["gap"], "personal_score": row["personal_score"]}
+        body += f'<tr><th scope="row">{say(row["label"])}</th>{_client_cell(mean)}{cells}</tr>'
+    heads = "".join(f'<th scope="col">client {client}</th>' for client in clients)
+    return (
+        "<h2>Personal and global</h2>"
+        "<p>Each client’s own model on its own test rows after the last training and before aggregation; under it the gap to "
+        "the common model on all test rows, and, where parts stay with the clients, the score of common and own parts "
+        "together.</p>"
+        '<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">method</th><th scope="col">mean</th>'
+        f"{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _client_cell(own: dict[str, Any] | None) -> str:
+    if own is None:
+        return "<td>–</td>"
+    personal = own["personal_score"]
+    with_own = "" if personal is None else f"<small>{words.score(personal)} personal</small>"
+    return f"<td>{words.score(own['local_score'])}<small>{words.difference(own['gap'])}</small>{with_own}</td>"
 
 
 def _score_figures(told: list[dict[str, Any]], shown: Sequence[Entry]) -> list[str]:

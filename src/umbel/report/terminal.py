@@ -50,7 +50,10 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
         # Text, not str: a label may hold what rich would read as markup.
         result.add_row(Text(label), *(Text(show(row)) for _, show in columns), style=style, end_section=ends)
     lower = sorted({row["metric"] for row in told if row["lower_is_better"]})
-    result.caption = LEGEND + "".join(f" {metric}: lower is better." for metric in lower)
+    result.caption = LEGEND
+    if any(row["personal_score"] is not None for row in told):
+        result.caption += " personal: common and own parts together, on own test rows."
+    result.caption += "".join(f" {metric}: lower is better." for metric in lower)
     for entry in entries(jobs):
         for run in entry.runs:
             for client, reason, left in refusals(run):
@@ -66,6 +69,8 @@ def _columns(metric: str) -> list[Column]:
         ("exact\nmatch", lambda row: words.score(row["exact_match"])),
         ("own\ntest", lambda row: words.score(row["local_score"])),
         ("\ngap", lambda row: words.difference(row["gap"])),
+        ("per-\nsonal", lambda row: words.score(row["personal_score"])),
+        ("\nunseen", lambda row: words.score(row["unseen_score"])),
         ("error\nmax", lambda row: words.error(row["error_max"])),
         ("error\nmean", lambda row: words.error(row["error_mean"])),
         ("\nup", lambda row: words.size(row["bytes_up"])),
@@ -79,7 +84,9 @@ def _columns(metric: str) -> list[Column]:
 def _fitting(told: list[dict[str, Any]], room: int) -> list[Column]:
     """Returns the columns that fit into so many characters, with one between them."""
     columns = _columns("/".join(dict.fromkeys(row["metric"] for row in told)) or "score")
-    columns = [x for x in columns if x[0] != "exact\nmatch" or any(row["exact_match"] is not None for row in told)]
+    for heading, key in (("exact\nmatch", "exact_match"), ("per-\nsonal", "personal_score"), ("\nunseen", "unseen_score")):
+        if all(row[key] is None for row in told):
+            columns = [column for column in columns if column[0] != heading]
     for gone in OPTIONAL:
         if sum(1 + max(map(_length, [heading, *map(show, told)])) for heading, show in columns) <= room:
             break
