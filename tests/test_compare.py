@@ -4,6 +4,10 @@ import csv
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +201,18 @@ def test_somebody_elses_folder_is_left_alone(place, tmp_path):
     with pytest.raises(RecordError, match=r"thesis.txt.* holds no comparison"):
         compare(table(place), tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+def test_a_method_without_a_common_model_in_between_is_compared_by_the_one_of_the_end(place, tmp_path):
+    compare(table(place, methods=["fedit", "fedsa_lora"], seeds=[1]), tmp_path / "out")
+    told = {row["label"]: row for row in summary(report.read_comparison(tmp_path / "out"))}
+    gathered = lines(tmp_path / "out" / "seed-1" / "fedsa_lora")[-1]
+    assert gathered["phase"] == "gather"
+    assert told["fedsa_lora"]["score"] == gathered["global"]["accuracy"]
+    assert told["fedsa_lora"]["scores"] == [None, gathered["global"]["accuracy"]]
+    assert told["fedsa_lora"]["personal_score"] is not None
+    assert told["fedit"]["personal_score"] is None
+    assert "personal" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 # Choosing
@@ -454,6 +470,22 @@ def test_the_command_prints_the_table_and_goes_on_when_it_is_given_again(finishe
     assert [row["label"] for row in told["rows"]] == ["fedit", "florist", "fed_sb", "local", "central"]
     assert len(told["runs"]) == 10
     assert times(copy) == before
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(finished, tmp_path):
+    command = [sys.executable, "-m", "umbel.cli", "compare", str(finished / "compare.toml"), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        begun = tmp_path / "out" / "seed-1" / "fedit" / "run.json"
+        until = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    code, _, _ = umbel(*command[3:])
+    assert code == 0
+    assert len(times(tmp_path / "out")) == len(times(finished))
 
 
 def test_run_and_compare_send_each_others_files_to_the_other(finished, tmp_path):

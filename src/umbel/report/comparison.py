@@ -198,7 +198,7 @@ def rank_notes(about: dict[str, Any]) -> list[str]:
     if about["equal"] == "rank":
         return ["Held equal: the rank, as the file gives it."]
     what, unit = {
-        "parameters": ("numbers that a client trains in a round (mean over phases)", ""),
+        "parameters": ("numbers of factors that a client trains (mean over rounds)", ""),
         "bytes": ("factors that a client sends and receives over the whole run", " bytes"),
     }[about["equal"]]
     budget = f"{about['budget']:,.0f}{unit}"
@@ -298,7 +298,7 @@ def bracketed(row: dict[str, Any]) -> str:
 
 
 def comparison_table(comparison: Comparison, width: int | None = None) -> "Table":
-    """Returns the table for the terminal; where it is too narrow, the last columns of `OPTIONAL` go first.
+    """Returns the table for the terminal; where it is too narrow, the first columns of `OPTIONAL` go first.
 
     Args:
         comparison: What to show.
@@ -312,6 +312,7 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
 
     told = summary(comparison)
     metric = told[0]["metric"] + (" ↓" if told[0]["lower_is_better"] else "") if told else "score"
+    personal = any(row["personal_score"] is not None for row in told)
     columns = [
         (metric, plus_minus),
         (f"vs {words.cut(comparison.about['reference'], 12)}", bracketed),
@@ -321,6 +322,7 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
         ("rank", lambda row: words.MISSING if row["rank"] is None else str(row["rank"])),
         ("own\ntest", lambda row: words.score(row["own_test"])),
         ("gap", lambda row: words.difference(row["gap"])),
+        *([("personal", lambda row: words.score(row["personal_score"]))] if personal else []),
         ("seeds", lambda row: f"{len(row['seeds'])}/{row['seeds_planned']}"),
     ]
     width = width or Console().width
@@ -345,5 +347,5 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
     return result
 
 
-OPTIONAL = ("gap", "own\ntest", "seeds", "rank", "worst\nerror", "down", "up")
+OPTIONAL = ("gap", "own\ntest", "seeds", "personal", "rank", "worst\nerror", "down", "up")
 """Columns that go, in this order, where the terminal is too narrow for all."""
