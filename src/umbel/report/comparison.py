@@ -195,6 +195,21 @@ def total_bytes(row: dict[str, Any]) -> float:
 
 def rank_notes(about: dict[str, Any]) -> list[str]:
     """Returns sentences on what was held equal, and the ranks that follow from it."""
+    unit = " bytes" if about["equal"] == "bytes" else ""
+    result = equal_notes(about)
+    for label, rank, count, over in ranks_chosen(about):
+        result.append(f"{label}: rank {rank} ({count:,.0f}{unit}{', more than that even at rank 1' if over else ''})")
+    return result
+
+
+def ranks_chosen(about: dict[str, Any]) -> list[tuple[str, int, float, bool]]:
+    """Returns (label, rank, what is counted at it, whether that is too much), where ranks were chosen by a formula."""
+    own = about["methods"].items() if about["equal"] != "rank" else ()
+    return [(label, x["rank"], x["count"], x["over"]) for label, x in own]
+
+
+def equal_notes(about: dict[str, Any]) -> list[str]:
+    """Returns sentences on what was held equal."""
     if about["equal"] == "rank":
         return ["Held equal: the rank, as the file gives it."]
     what, unit = {
@@ -205,9 +220,6 @@ def rank_notes(about: dict[str, Any]) -> list[str]:
     result = [f"Held equal: {what}, at most FedIT’s at rank {about['budget_rank']}, {budget}. Heads are not counted."]
     if about["equal"] == "bytes":
         result.append("Counted with invented clients: where a method’s rank depends on the data, it sends at most this.")
-    for label, own in about["methods"].items():
-        more = ", more than that even at rank 1" if own["over"] else ""
-        result.append(f"{label}: rank {own['rank']} ({own['count']:,.0f}{unit}{more})")
     return result
 
 

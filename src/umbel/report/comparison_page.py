@@ -132,14 +132,19 @@ def _figures(about: dict[str, Any], told: Sequence[dict[str, Any]]) -> str:
 
 
 def _equal(about: dict[str, Any]) -> str:
-    said = compared.rank_notes(about)
+    body = "".join(
+        f'<tr><th scope="row">{say(label)}</th><td>{rank}</td><td>{count:,.0f}</td>'
+        f'<td class="text">{"more than that even at rank 1" if over else ""}</td></tr>'
+        for label, rank, count, over in compared.ranks_chosen(about)
+    )
+    heads = f'<th scope="col">method</th><th scope="col">rank</th><th scope="col">{say(about["equal"])}</th><th></th>'
+    table = f'<div class="scroll tall" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     return (
         "<h2>What is held equal</h2>"
-        + "".join(f"<p>{say(text)}</p>" for text in said)
-        + (
-            "<p>At every seed all methods have the same clients and rows, the same initial A (where their ranks are equal), "
-            "the same batches and as many steps.</p>"
-        )
+        + "".join(f"<p>{say(text)}</p>" for text in compared.equal_notes(about))
+        + (table if body else "")
+        + "<p>At every seed all methods have the same clients and rows, the same initial A (where their ranks are equal), the "
+        "same batches and as many steps.</p>"
     )
 
 
