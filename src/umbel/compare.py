@@ -34,6 +34,7 @@ VALIDATION = 0.1
 """Share of the training rows on which is chosen where the file gives no `data.validation`."""
 
 AHEAD = 8
+"""Ranks looked at beyond the largest that fits."""
 
 UNSAFE = r"[^\w.+-]"
 """What is not taken over from a value into a folder's name."""
@@ -230,60 +231,68 @@ def set_values(table: Table, values: Mapping[str, Any]) -> Table:
 # What is held equal
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """Numbers of factors of one phase and client: trained, sent, received as factors and as merges."""
+
+    trained: float
+    up: float
+    factors: float
+    merged: float
+
+
+def _phases(method: Method, rounds: int, layers: Layers, r: int, asked: int) -> Iterator[tuple[Method, _Counts]]:
+    """Yields every phase of a run with what a client of rank r trains, sends and receives in it.
+
+    Counted by combining uploads of as many invented clients, once for each different phase and shape of layer.
+    """
+    known: dict[Any, _Counts] = {}
+    shapes = {f"{d_out}x{d_in}": (d_out, d_in) for d_out, d_in in layers}
+    held = {layer: {"A": _drawn(r, d_in), "B": _drawn(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
+    for phase in method.plan(rounds):
+        kind = type(phase), repr(getattr(phase, "__dict__", phase))
+        if kind not in known:
+            if "R" in phase.trains:
+                held = {layer: {"R": _drawn(r, r), **own} for layer, own in held.items()}
+            trial = testing.Trial(phase, held, shapes)
+            clients = trial.clients((1.0,) * asked, (r,) * asked)
+            downloads, sent, own = trial.aggregate(clients), trial.upload(clients[0]), clients[0].factors
+            trains = {layer: [own[layer][name] for name in phase.trains] for layer in shapes}
+            sizes = [
+                sum(layers[shape] * sum(x.numel() for x in of[layer]) for layer, shape in shapes.items())
+                for of in (
+                    trains,
+                    {layer: sent[layer].values() for layer in shapes},
+                    {layer: downloads[layer].factors.values() for layer in shapes},
+                    {layer: downloads[layer].merge or () for layer in shapes},
+                )
+            ]
+            held = {layer: {**own, **_of_rank(downloads[layer].factors, own)} for layer, own in held.items()}
+            known[kind] = _Counts(*sizes)
+        yield phase, known[kind]
+
+
 def trained(method: Method, rounds: int, layers: Layers, r: int) -> float:
     """Returns how many numbers of factors a client trains at rank r; the mean over rounds where they differ."""
-    counts = [count.trained for phase, count in _counts(method, rounds, layers, r) if phase.trains]
+    counts = [count.trained for phase, count in _phases(method, rounds, layers, r, asked=1) if phase.trains]
     return sum(counts) / len(counts)
 
 
 def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, share: float = 1.0) -> float:
     """Returns how many numbers of factors a client sends and receives in a whole run at rank r, all phases included.
 
-    Downloads are counted by combining uploads of invented clients, once for each different shape. The last phase's is
-    not sent to anybody.
+    The last phase's result is not sent to anybody.
 
     Args:
         asked: Clients of a round.
         share: Share of the clients that a round asks. A client that is left out gets what was merged later, all of it.
     """
-    total, counts = 0.0, list(_counts(method, rounds, layers, r, asked))
-    for number, (phase, count) in enumerate(counts, 1):
+    total = 0.0
+    phases = list(_phases(method, rounds, layers, r, asked))
+    for number, (phase, count) in enumerate(phases, 1):
         asks = share if phase.trains else 1.0
-        total += asks * count.up + (asks * count.factors + count.merged if number < len(counts) else 0.0)
+        total += asks * count.up + (asks * count.factors + count.merged if number < len(phases) else 0.0)
     return total
-
-
-@dataclass
-class _Count:
-    """Numbers of all layers together in one phase: that a client trains, sends, overwrites and merges."""
-
-    trained: int = 0
-    up: int = 0
-    factors: int = 0
-    merged: int = 0
-
-
-def _counts(method: Method, rounds: int, layers: Layers, r: int, asked: int = 1) -> Iterator[tuple[Method, _Count]]:
-    """Yields every phase of a run with what is counted in it."""
-    shapes = {f"{d_out}x{d_in}": (d_out, d_in) for d_out, d_in in layers}
-    held = {layer: {"A": _drawn(r, d_in), "B": _drawn(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
-    known: dict[Any, _Count] = {}
-    for phase in method.plan(rounds):
-        kind = type(phase), repr(getattr(phase, "__dict__", phase))
-        if kind not in known:
-            if "R" in phase.trains:
-                held = {layer: {"R": _drawn(r, r), **own} for layer, own in held.items()}
-            trial, count = testing.Trial(phase, held, shapes), _Count()
-            clients = trial.clients((1.0,) * asked, (r,) * asked)
-            sent, downloads = trial.upload(clients[0]), trial.aggregate(clients)
-            for layer, shape in shapes.items():
-                count.trained += layers[shape] * sum(held[layer][name].numel() for name in phase.trains)
-                count.up += layers[shape] * sum(x.numel() for x in sent[layer].values())
-                count.factors += layers[shape] * sum(x.numel() for x in downloads[layer].factors.values())
-                count.merged += layers[shape] * sum(x.numel() for x in downloads[layer].merge or ())
-            held = {layer: {**own, **_of_rank(downloads[layer].factors, own)} for layer, own in held.items()}
-            known[kind] = count
-        yield phase, known[kind]
 
 
 def _drawn(rows: int, columns: int) -> Any:
@@ -375,8 +384,7 @@ def _ranks(comparison: Comparison) -> Ranks | None:
 def with_rank(table: Table, config: Config, r: int) -> Table:
     """Returns a method's table at rank r, and at the scale it had: lora_alpha follows, unless the method has its own."""
     own = table.get("lora", {})
-    grown = r / config.lora.rank
-    alpha = config.lora.alpha * (grown**0.5 if config.lora.use_rslora else grown)
+    alpha = config.lora.scale * (r**0.5 if config.lora.use_rslora else r)
     return {**table, "lora": {"lora_alpha": alpha, **own, "r": r}}
 
 

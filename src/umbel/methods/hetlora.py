@@ -36,7 +36,7 @@ class HetLoRA(Method):
 
     weights: Literal["sparsity", "rows"] = "sparsity"
     gamma: float = 0.99
-    regularization: float = 1e-3
+    regularization: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.weights not in ("sparsity", "rows"):

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ COLUMNS = (
 """Of comparison.csv."""
 
 
-MEANS = ("gap", "personal_score", "exact_match", "bytes_up", "bytes_down")
+MEANS = ("gap", "personal_score", "unseen_score", "exact_match", "bytes_up", "bytes_down")
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def summary(comparison: Comparison) -> list[dict[str, Any]]:
     Each row has `label`, `kind`, `method`, `rank`, `options`, `seeds` (done), `seeds_planned`, `metric`, `lower_is_better`,
     `score`, `score_sd` (of the sample; None for one seed), `difference` (to the reference's, paired by seed; None for the
     reference), `difference_half` (half its 95 % interval), `scores` (by round), `own_test`, `gap`, `personal_score`,
-    `exact_match`, `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds, seeds), and
-    `failed`, a list of (seed, reason).
+    `unseen_score`, `exact_match`, `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds,
+    seeds), and `failed`, a list of (seed, reason).
     """
     told = runs(comparison)
     labels = dict.fromkeys(row["label"] for row in told)
@@ -309,6 +309,14 @@ def bracketed(row: dict[str, Any]) -> str:
     return f"{words.difference(mean)} [{words.difference(mean - half)}, {words.difference(mean + half)}]"
 
 
+def partial_columns(told: Sequence[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Returns (heading, row to text) of scores that only some methods and splits have, where any row has them."""
+    named = (("personal", "personal_score"), ("unseen", "unseen_score"))
+    return [
+        (name, lambda row, key=key: words.score(row[key])) for name, key in named if any(row[key] is not None for row in told)
+    ]
+
+
 def comparison_table(comparison: Comparison, width: int | None = None) -> "Table":
     """Returns the table for the terminal; where it is too narrow, the first columns of `OPTIONAL` go first.
 
@@ -324,7 +332,6 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
 
     told = summary(comparison)
     metric = told[0]["metric"] + (" ↓" if told[0]["lower_is_better"] else "") if told else "score"
-    personal = any(row["personal_score"] is not None for row in told)
     columns = [
         (metric, plus_minus),
         (f"vs {words.cut(comparison.about['reference'], 12)}", bracketed),
@@ -334,7 +341,7 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
         ("rank", lambda row: words.MISSING if row["rank"] is None else str(row["rank"])),
         ("own\ntest", lambda row: words.score(row["own_test"])),
         ("gap", lambda row: words.difference(row["gap"])),
-        *([("personal", lambda row: words.score(row["personal_score"]))] if personal else []),
+        *partial_columns(told),
         ("seeds", lambda row: f"{len(row['seeds'])}/{row['seeds_planned']}"),
     ]
     width = width or Console().width
@@ -359,5 +366,5 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
     return result
 
 
-OPTIONAL = ("gap", "own\ntest", "seeds", "personal", "rank", "worst\nerror", "down", "up")
+OPTIONAL = ("gap", "own\ntest", "seeds", "personal", "unseen", "rank", "worst\nerror", "down", "up")
 """Columns that go, in this order, where the terminal is too narrow for all."""

@@ -18,8 +18,9 @@ NOTE = """\
 the score. <b>Worst error</b>: of aggregation, the relative distance of what was sent back from the weighted mean of the
 clients’ updates, largest over layers, rounds and seeds. <b>Up</b>, <b>down</b>: bytes per client over the whole run.
 <b>Personal</b>: clients’ models with the parts that
-stayed with them, on their own test rows. <b>local</b>: one client alone, mean over clients. <b>central</b>: one model on
-everyone’s rows. All else is a mean over seeds."""
+stayed with them, on their own test rows. <b>Unseen</b>: the common model on the test rows of clients that took no part.
+<b>local</b>: one client alone, mean over clients. <b>central</b>: one model on everyone’s rows. All else is a mean over
+seeds."""
 
 
 def write_comparison(folder: Path) -> Path:
@@ -75,14 +76,14 @@ def _lead(comparison: Comparison, told: Sequence[dict[str, Any]]) -> str:
 def _table(comparison: Comparison, told: Sequence[dict[str, Any]]) -> str:
     reference = comparison.about["reference"]
     metric = told[0]["metric"] + (" ↓" if told[0]["lower_is_better"] else "") if told else "score"
-    matched, personal = (any(row[key] is not None for row in told) for key in ("exact_match", "personal_score"))
+    matched = any(row["exact_match"] is not None for row in told)
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         (f"{comparison.about['scored_on']} {metric}", plus_minus),
         *([("exact match", lambda row: words.score(row["exact_match"]))] if matched else []),
         (f"difference to {reference}", lambda row: "reference" if row["label"] == reference else bracketed(row)),
         ("own test", lambda row: words.score(row["own_test"])),
         ("gap", lambda row: words.difference(row["gap"])),
-        *([("personal", lambda row: words.score(row["personal_score"]))] if personal else []),
+        *compared.partial_columns(told),
         ("worst error", lambda row: words.error(row["error_worst"])),
         ("up", lambda row: words.size(row["bytes_up"])),
         ("down", lambda row: words.size(row["bytes_down"])),
