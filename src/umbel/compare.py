@@ -33,6 +33,9 @@ KEYS = ("methods", "seeds", "equal", "choose")
 VALIDATION = 0.1
 """Share of the training rows on which is chosen where the file gives no `data.validation`."""
 
+AHEAD = 8
+"""Ranks looked at beyond the largest that fits."""
+
 UNSAFE = r"[^\w.+-]"
 """What is not taken over from a value into a folder's name."""
 
@@ -200,9 +203,10 @@ def _check_lora(comparison: Comparison, entry: Entry, table: Table) -> None:
     shared, own = comparison.shared.get("lora", {}), table.get("lora", {})
     lora = {**shared, **own}
     why = f"compare.equal = {comparison.equal!r} sets the ranks"
-    if isinstance(lora.get("r"), list):
-        raise ConfigError(f"lora.r: got {lora['r']}, but {why}; give one number, or compare.equal = 'rank'")
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in ("r", "lora_alpha"):
+        if isinstance(lora.get(key), list):
+            raise ConfigError(f"lora.{key}: got {lora[key]}, but {why}; give one number, or compare.equal = 'rank'")
+    for key in ("rank_by", "rank_pattern", "alpha_pattern"):
         if lora.get(key):
             raise ConfigError(f"lora.{key}: got {lora[key]}, but {why}; leave it out, or compare.equal = 'rank'")
     if "r" in own:
@@ -244,12 +248,12 @@ def _phases(method: Method, rounds: int, layers: Layers, r: int, asked: int) -> 
     """
     known: dict[Any, _Counts] = {}
     shapes = {f"{d_out}x{d_in}": (d_out, d_in) for d_out, d_in in layers}
-    held = {layer: {"A": _ones(r, d_in), "B": _ones(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
+    held = {layer: {"A": _drawn(r, d_in), "B": _drawn(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
     for phase in method.plan(rounds):
         kind = type(phase), repr(getattr(phase, "__dict__", phase))
         if kind not in known:
             if "R" in phase.trains:
-                held = {layer: {"R": _ones(r, r), **own} for layer, own in held.items()}
+                held = {layer: {"R": _drawn(r, r), **own} for layer, own in held.items()}
             trial = testing.Trial(phase, held, shapes)
             clients = trial.clients((1.0,) * asked, (r,) * asked)
             downloads, sent, own = trial.aggregate(clients), trial.upload(clients[0]), clients[0].factors
@@ -269,15 +273,15 @@ def _phases(method: Method, rounds: int, layers: Layers, r: int, asked: int) -> 
 
 
 def trained(method: Method, rounds: int, layers: Layers, r: int) -> float:
-    """Returns how many numbers of factors a client trains at rank r; the mean over phases where they differ."""
+    """Returns how many numbers of factors a client trains at rank r; the mean over rounds where they differ."""
     counts = [count.trained for phase, count in _phases(method, rounds, layers, r, asked=1) if phase.trains]
     return sum(counts) / len(counts)
 
 
 def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, share: float = 1.0) -> float:
-    """Returns how many numbers of factors a client sends and receives in a whole run at rank r, measuring phases included.
+    """Returns how many numbers of factors a client sends and receives in a whole run at rank r, all phases included.
 
-    The last round's result is not sent to anybody.
+    The last phase's result is not sent to anybody.
 
     Args:
         asked: Clients of a round.
@@ -291,7 +295,7 @@ def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, s
     return total
 
 
-def _ones(rows: int, columns: int) -> Any:
+def _drawn(rows: int, columns: int) -> Any:
     """Factors to hold that are no zeros: what is counted should not be the special case."""
     import torch
 
@@ -307,6 +311,8 @@ def _of_rank(factors: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, A
 def largest_rank(count: Callable[[int], float], budget: float, start: int, most: int) -> int:
     """Returns the largest rank whose count is within the budget, at least 1 and at most `most`.
 
+    The count need not rise with every step (RAVAN's falls where its heads divide the rank): looked at are `AHEAD` ranks beyond.
+
     >>> largest_rank(lambda r: r * r, 50, start=2, most=100)
     7
     """
@@ -317,6 +323,8 @@ def largest_rank(count: Callable[[int], float], budget: float, start: int, most:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    while more := [r for r in range(low + 1, min(low + AHEAD, most) + 1) if count(r) <= budget]:
+        low = more[-1]
     return low
 
 
@@ -328,7 +336,7 @@ class Ranks:
         equal: "parameters" or "bytes".
         reference: The file's own configuration.
         layers: What is adapted.
-        clients: K.
+        clients: K, of those that take part.
     """
 
     equal: str
@@ -370,7 +378,7 @@ def _ranks(comparison: Comparison) -> Ranks | None:
     base = model.load(config, len(dataset.labels))
     adapter = Adapter(base.model, config.lora, base.heads, config.seed)
     layers = Counter((shape.d_out, shape.d_in) for shape in adapter.layers.values())
-    return Ranks(comparison.equal, config, layers, dataset.clients)
+    return Ranks(comparison.equal, config, layers, dataset.clients - len(dataset.unseen))
 
 
 def with_rank(table: Table, config: Config, r: int) -> Table:

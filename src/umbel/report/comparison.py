@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,24 @@ STUDENT = (
 
 COLUMNS = (
     *("label", "kind", "method", "seed", "state", "scored_on", "metric", "score", "exact_match", "difference"),
-    *("own_test", "gap", "error_worst", "bytes_up", "bytes_down", "rank", "options", "rounds", "wall_seconds", "folder"),
+    *(
+        "own_test",
+        "gap",
+        "personal_score",
+        "error_worst",
+        "bytes_up",
+        "bytes_down",
+        "rank",
+        "options",
+        "rounds",
+        "wall_seconds",
+        "folder",
+    ),
 )
 """Of comparison.csv."""
+
+
+MEANS = ("gap", "personal_score", "unseen_score", "exact_match", "bytes_up", "bytes_down")
 
 
 @dataclass(frozen=True)
@@ -125,9 +140,9 @@ def summary(comparison: Comparison) -> list[dict[str, Any]]:
 
     Each row has `label`, `kind`, `method`, `rank`, `options`, `seeds` (done), `seeds_planned`, `metric`, `lower_is_better`,
     `score`, `score_sd` (of the sample; None for one seed), `difference` (to the reference's, paired by seed; None for the
-    reference), `difference_half` (half its 95 % interval), `scores` (by round), `own_test`, `gap`, `exact_match`,
-    `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds, seeds), and `failed`, a list of
-    (seed, reason).
+    reference), `difference_half` (half its 95 % interval), `scores` (by round), `own_test`, `gap`, `personal_score`,
+    `unseen_score`, `exact_match`, `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds,
+    seeds), and `failed`, a list of (seed, reason).
     """
     told = runs(comparison)
     labels = dict.fromkeys(row["label"] for row in told)
@@ -151,7 +166,7 @@ def _summed(comparison: Comparison, own: list[dict[str, Any]]) -> dict[str, Any]
         "difference_half": half,
         "scores": [_mean([row["scores"][r] for row in done]) for r in range(length)],
         "own_test": _mean([row["local_score"] for row in done]),
-        **{key: _mean([row[key] for row in done]) for key in ("gap", "exact_match", "bytes_up", "bytes_down")},
+        **{key: _mean([row[key] for row in done]) for key in MEANS},
         "error_worst": _worst([row["error_worst"] for row in done if row["error_worst"] is not None]),
         "failed": [(row["seed"], row["error"]) for row in own if row["state"] == "failed"],
     }
@@ -180,19 +195,31 @@ def total_bytes(row: dict[str, Any]) -> float:
 
 def rank_notes(about: dict[str, Any]) -> list[str]:
     """Returns sentences on what was held equal, and the ranks that follow from it."""
+    unit = " bytes" if about["equal"] == "bytes" else ""
+    result = equal_notes(about)
+    for label, rank, count, over in ranks_chosen(about):
+        result.append(f"{label}: rank {rank} ({count:,.0f}{unit}{', more than that even at rank 1' if over else ''})")
+    return result
+
+
+def ranks_chosen(about: dict[str, Any]) -> list[tuple[str, int, float, bool]]:
+    """Returns (label, rank, what is counted at it, whether that is too much), where ranks were chosen by a formula."""
+    own = about["methods"].items() if about["equal"] != "rank" else ()
+    return [(label, x["rank"], x["count"], x["over"]) for label, x in own]
+
+
+def equal_notes(about: dict[str, Any]) -> list[str]:
+    """Returns sentences on what was held equal."""
     if about["equal"] == "rank":
         return ["Held equal: the rank, as the file gives it."]
     what, unit = {
-        "parameters": ("numbers that a client trains in a round (mean over phases)", ""),
+        "parameters": ("numbers of factors that a client trains (mean over rounds)", ""),
         "bytes": ("factors that a client sends and receives over the whole run", " bytes"),
     }[about["equal"]]
     budget = f"{about['budget']:,.0f}{unit}"
     result = [f"Held equal: {what}, at most FedIT’s at rank {about['budget_rank']}, {budget}. Heads are not counted."]
     if about["equal"] == "bytes":
         result.append("Counted with invented clients: where a method’s rank depends on the data, it sends at most this.")
-    for label, own in about["methods"].items():
-        more = ", more than that even at rank 1" if own["over"] else ""
-        result.append(f"{label}: rank {own['rank']} ({own['count']:,.0f}{unit}{more})")
     return result
 
 
@@ -282,8 +309,16 @@ def bracketed(row: dict[str, Any]) -> str:
     return f"{words.difference(mean)} [{words.difference(mean - half)}, {words.difference(mean + half)}]"
 
 
+def partial_columns(told: Sequence[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Returns (heading, row to text) of scores that only some methods and splits have, where any row has them."""
+    named = (("personal", "personal_score"), ("unseen", "unseen_score"))
+    return [
+        (name, lambda row, key=key: words.score(row[key])) for name, key in named if any(row[key] is not None for row in told)
+    ]
+
+
 def comparison_table(comparison: Comparison, width: int | None = None) -> "Table":
-    """Returns the table for the terminal; where it is too narrow, the last columns of `OPTIONAL` go first.
+    """Returns the table for the terminal; where it is too narrow, the first columns of `OPTIONAL` go first.
 
     Args:
         comparison: What to show.
@@ -306,6 +341,7 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
         ("rank", lambda row: words.MISSING if row["rank"] is None else str(row["rank"])),
         ("own\ntest", lambda row: words.score(row["own_test"])),
         ("gap", lambda row: words.difference(row["gap"])),
+        *partial_columns(told),
         ("seeds", lambda row: f"{len(row['seeds'])}/{row['seeds_planned']}"),
     ]
     width = width or Console().width
@@ -330,5 +366,5 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
     return result
 
 
-OPTIONAL = ("gap", "own\ntest", "seeds", "rank", "worst\nerror", "down", "up")
+OPTIONAL = ("gap", "own\ntest", "seeds", "personal", "unseen", "rank", "worst\nerror", "down", "up")
 """Columns that go, in this order, where the terminal is too narrow for all."""

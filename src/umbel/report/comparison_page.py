@@ -17,6 +17,8 @@ NOTE = """\
 <b>Own test</b>: each client’s model after its training and before aggregation, on its own test rows; <b>gap</b>: that minus
 the score. <b>Worst error</b>: of aggregation, the relative distance of what was sent back from the weighted mean of the
 clients’ updates, largest over layers, rounds and seeds. <b>Up</b>, <b>down</b>: bytes per client over the whole run.
+<b>Personal</b>: clients’ models with the parts that
+stayed with them, on their own test rows. <b>Unseen</b>: the common model on the test rows of clients that took no part.
 <b>local</b>: one client alone, mean over clients. <b>central</b>: one model on everyone’s rows. All else is a mean over
 seeds."""
 
@@ -81,6 +83,7 @@ def _table(comparison: Comparison, told: Sequence[dict[str, Any]]) -> str:
         (f"difference to {reference}", lambda row: "reference" if row["label"] == reference else bracketed(row)),
         ("own test", lambda row: words.score(row["own_test"])),
         ("gap", lambda row: words.difference(row["gap"])),
+        *compared.partial_columns(told),
         ("worst error", lambda row: words.error(row["error_worst"])),
         ("up", lambda row: words.size(row["bytes_up"])),
         ("down", lambda row: words.size(row["bytes_down"])),
@@ -130,14 +133,19 @@ def _figures(about: dict[str, Any], told: Sequence[dict[str, Any]]) -> str:
 
 
 def _equal(about: dict[str, Any]) -> str:
-    said = compared.rank_notes(about)
+    body = "".join(
+        f'<tr><th scope="row">{say(label)}</th><td>{rank}</td><td>{count:,.0f}</td>'
+        f'<td class="text">{"more than that even at rank 1" if over else ""}</td></tr>'
+        for label, rank, count, over in compared.ranks_chosen(about)
+    )
+    heads = f'<th scope="col">method</th><th scope="col">rank</th><th scope="col">{say(about["equal"])}</th><th></th>'
+    table = f'<div class="scroll tall" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     return (
         "<h2>What is held equal</h2>"
-        + "".join(f"<p>{say(text)}</p>" for text in said)
-        + (
-            "<p>At every seed all methods have the same clients and rows, the same initial A (where their ranks are equal), "
-            "the same batches and as many steps.</p>"
-        )
+        + "".join(f"<p>{say(text)}</p>" for text in compared.equal_notes(about))
+        + (table if body else "")
+        + "<p>At every seed all methods have the same clients and rows, the same initial A (where their ranks are equal), the "
+        "same batches and as many steps.</p>"
     )
 
 

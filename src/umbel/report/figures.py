@@ -227,10 +227,10 @@ def score_and_bytes(rows: Sequence[dict[str, Any]], best: Sequence[str], metric:
     _log_bytes(axes)
     low, high = axes.get_xlim()
     if high / low < 4:
-        # Points close together would otherwise be set apart by a scale without a tick.
-        middle = math.sqrt(low * high)
-        axes.set_xlim(middle / 2.2, middle * 2.2)
-        _log_bytes(axes)
+        # Near each other, as where bytes are held equal: a scale of which some ticks are in sight, and no point at its edge.
+        half = max(1.35, math.sqrt(high / low) * 1.12)
+        axes.set_xlim(math.sqrt(low * high) / half, math.sqrt(low * high) * half)
+        axes.xaxis.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 4, 5, 7))
     axes.set_xlim(axes.get_xlim())
     edge = [(points[label]["total_bytes"], points[label]["score"]) for label in best if label in points]
     # Only as far as the axes reach: what more bytes would bring is not known.
@@ -302,7 +302,8 @@ def _name_points(axes: Any, points: list[tuple[float, float, str, str]], lines: 
         taken.append(box)
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         if math.hypot(middle[0] - left, middle[1] - low) > 0.15 * inch + width / 2:
-            link = axes.transData.inverted().transform([(left, low), (min(max(left, box[0]), box[2]), middle[1])])
+            nearest = min(max(left, box[0]), box[2]), min(max(low, box[1]), box[3])
+            link = axes.transData.inverted().transform([(left, low), nearest])
             axes.plot(link[:, 0], link[:, 1], color=colour, linewidth=0.6, alpha=0.7, zorder=2)
         place = axes.transData.inverted().transform(middle)
         axes.text(*place, text, ha="center", va="center", fontsize=8.8, color=colour, zorder=4)
