@@ -110,7 +110,7 @@ def run(
         base = model.load(shared, len(dataset.labels))
         train, test = client.tokens(shared, base, dataset)
         stock = publish.Stock(shared, len(dataset.labels))
-        facts = _facts(manifest, fingerprint, shared)
+        facts = provenance(manifest, fingerprint, shared)
         for index, member in enumerate(members):
             listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
             own = _pooled(dataset) if member.role == "central" else dataset
@@ -345,7 +345,7 @@ def _identity(config: Config) -> dict[str, Any]:
     }
 
 
-def _facts(manifest: dict[str, Any], fingerprint: str, config: Config) -> dict[str, Any]:
+def provenance(manifest: dict[str, Any], fingerprint: str, config: Config) -> dict[str, Any]:
     """Returns the provenance that all runs of a job share."""
     from umbel.client.evaluate import metric
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +363,8 @@ class Capturing:
             yield reply
 
 
-def test_on_the_same_uploads_flora_na_is_never_worse_than_fedit_in_any_layer_or_round(tmp_path: Path) -> None:
+def test_on_the_same_uploads_errors_order_as_theory_says_in_every_layer_and_round(tmp_path: Path) -> None:
+    """exact ≤ best_rank ≤ flora_na ≤ fedit, and best_rank ≤ lora_fair ≤ fedit."""
     table = tiny.table(tmp_path, {"name": "flora_na"}, rounds=4, training={"max_steps": 5})
     resident, config = residents(table, tmp_path)
     capturing, record = Capturing(engine(resident, tmp_path)), Record(tmp_path / "run")
@@ -374,17 +376,25 @@ def test_on_the_same_uploads_flora_na_is_never_worse_than_fedit_in_any_layer_or_
         if reply.payload is not None and reply.client != OBSERVER
     ][len(clients) :]
     trained = [line for line in record.lines() if line["phase"] == "train"]
+    assert len(trained) == 4
     better = 0
     for line, start in zip(trained, range(0, len(uploads), 3)):
-        aggregator = Aggregator(methods.load("fedit"), Server(resident.adapter.layers, config.seed))
-        for client, message in uploads[start : start + 3]:
-            factors = wire.unpack_factors(message.tensors)
-            aggregator.add(client, message.header["rows"], factors, wire.unpack_plain(message.tensors))
-        fedit = aggregator.done().error
-        assert fedit is not None
-        for layer, error in line["aggregation_error"].items():
-            assert error <= fedit[layer] * (1 + 1e-6) + 1e-7, (line["round"], layer)
-            better += error < 0.999 * fedit[layer]
+        errors: dict[str, dict[str, float]] = {}
+        for name in ("exact", "best_rank", "flora_na", "lora_fair", "fedit"):
+            aggregator = Aggregator(methods.load(name), Server(resident.adapter.layers, config.seed))
+            for client, message in uploads[start : start + 3]:
+                factors = wire.unpack_factors(message.tensors)
+                aggregator.add(client, message.header["rows"], factors, wire.unpack_plain(message.tensors))
+            found = aggregator.done().error
+            assert found is not None
+            errors[name] = found
+        assert errors["flora_na"] == pytest.approx(line["aggregation_error"], rel=1e-6)
+        chains = (("exact", "best_rank", "flora_na", "fedit"), ("best_rank", "lora_fair", "fedit"))
+        for lower, higher in (pair for chain in chains for pair in pairwise(chain)):
+            for layer, error in errors[lower].items():
+                assert error <= errors[higher][layer] * (1 + 1e-6) + 1e-7, (lower, higher, line["round"], layer)
+        assert max(errors["exact"].values()) < 1e-6
+        better += sum(errors["flora_na"][layer] < 0.999 * errors["fedit"][layer] for layer in errors["fedit"])
     assert better > 0
 
 
