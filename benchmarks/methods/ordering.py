@@ -7,6 +7,7 @@ use are reported: the weighted mean Σ p_k ΔW_k, and the sum over clients, K ti
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -81,9 +82,10 @@ def _errors(uploads: list[wire.Message], everyone: list[int], adapter: Adapter, 
             factors = wire.unpack_factors(message.tensors)
             aggregator.add(k, message.header["rows"], factors, wire.unpack_plain(message.tensors))
         done = aggregator.done()
-        assert done.error is not None and done.error_of_sum is not None
+        assert done.error is not None
+        assert done.error_of_sum is not None
         mean[name], total[name] = done.error, done.error_of_sum
-    pairs = [pair for chain in CHAINS for pair in zip(chain, chain[1:])]
+    pairs = [pair for chain in CHAINS for pair in itertools.pairwise(chain)]
     holds = all(mean[a][layer] <= mean[b][layer] * (1 + 1e-6) + 1e-7 for a, b in pairs for layer in mean[a])
     return {"holds": holds, "to_mean": mean, "to_sum": total}
 
