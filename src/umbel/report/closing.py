@@ -7,6 +7,20 @@ from typing import Any
 from umbel.report import words
 from umbel.report.jobs import Entry, Job, Run, entries, job_names
 
+SOMETIMES = {
+    "exact match": "exact_match",
+    "flexible match": "exact_match_flexible",
+    "pass@1": "pass_at_1",
+    "personal": "personal_score",
+    "unseen": "unseen_score",
+}
+"""Scores that only some tasks, methods and splits have: what they are called, and their key in a row."""
+
+
+def sometimes(told: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Returns those of `SOMETIMES` that any row has."""
+    return {name: key for name, key in SOMETIMES.items() if any(row[key] is not None for row in told)}
+
 
 def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Returns one row per method, then the baselines `local` and `central`.
@@ -15,7 +29,8 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
     * `label`, `kind` ("method", "local", "central"), `job` (folder), `state`, `clients`, `rounds` (done), `rounds_planned`;
     * `metric`, `lower_is_better`, `scores` (all test rows, after each training round), `score` (the last that was
-      measured), `score_min` and `score_max` (over clients; `local` only), `exact_match` (likewise the last);
+      measured), `score_min` and `score_max` (over clients; `local` only), `exact_match`,
+      `exact_match_flexible` and `pass_at_1` (likewise the last);
     * `local_score`: mean over clients, weighted by test rows, of a client's own model on its own test rows after the last
       training and before aggregation; `gap`: that minus the score of the same round; `personal_score`: likewise, of clients'
       models with the parts that stayed with them after the last aggregation, for methods that leave some there;
@@ -84,9 +99,10 @@ def _row(entry: Entry) -> dict[str, Any]:
         "score": _mean(last),
         "score_min": min(last) if entry.kind == "local" and last else None,
         "score_max": max(last) if entry.kind == "local" and last else None,
-        "exact_match": _mean(
-            [x for run in runs if (x := _last([run.score(line, "exact_match") for line in run.trained])) is not None]
-        ),
+        **{
+            key: _mean([x for run in runs if (x := _last([run.score(line, key) for line in run.trained])) is not None])
+            for key in ("exact_match", "exact_match_flexible", "pass_at_1")
+        },
         "local_score": _mean([score for _, (score, _) in local]),
         "gap": _mean([score - whole for _, (score, whole) in local if whole is not None]),
         "personal_score": first.personal_score if federated else None,

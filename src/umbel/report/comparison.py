@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbel.report import words
-from umbel.report.closing import errors, finite, rows
+from umbel.report.closing import errors, finite, rows, sometimes
 from umbel.report.jobs import Job, ReportError, read_job
 
 if TYPE_CHECKING:
@@ -22,26 +22,14 @@ STUDENT = (
 )
 """Student's t, 0.975 quantile, for 1 to 30 degrees of freedom; beyond, the last is a little too wide."""
 
-COLUMNS = (
-    *("label", "kind", "method", "seed", "state", "scored_on", "metric", "score", "exact_match", "difference"),
-    *(
-        "own_test",
-        "gap",
-        "personal_score",
-        "error_worst",
-        "bytes_up",
-        "bytes_down",
-        "rank",
-        "options",
-        "rounds",
-        "wall_seconds",
-        "folder",
-    ),
+COLUMNS = tuple(
+    "label kind method seed state scored_on metric score exact_match exact_match_flexible pass_at_1 difference own_test gap "
+    "personal_score unseen_score error_worst bytes_up bytes_down rank options rounds wall_seconds folder".split()
 )
 """Of comparison.csv."""
 
 
-MEANS = ("gap", "personal_score", "unseen_score", "exact_match", "bytes_up", "bytes_down")
+MEANS = ("gap", "personal_score", "unseen_score", "exact_match", "exact_match_flexible", "pass_at_1", "bytes_up", "bytes_down")
 
 
 @dataclass(frozen=True)
@@ -141,8 +129,8 @@ def summary(comparison: Comparison) -> list[dict[str, Any]]:
     Each row has `label`, `kind`, `method`, `rank`, `options`, `seeds` (done), `seeds_planned`, `metric`, `lower_is_better`,
     `score`, `score_sd` (of the sample; None for one seed), `difference` (to the reference's, paired by seed; None for the
     reference), `difference_half` (half its 95 % interval), `scores` (by round), `own_test`, `gap`, `personal_score`,
-    `unseen_score`, `exact_match`, `bytes_up`, `bytes_down` (per client, whole run), `error_worst` (over layers, rounds,
-    seeds), and `failed`, a list of (seed, reason).
+    `unseen_score`, `exact_match`, `exact_match_flexible`, `pass_at_1`, `bytes_up`, `bytes_down` (per client, whole run),
+    `error_worst` (over layers, rounds, seeds), and `failed`, a list of (seed, reason).
     """
     told = runs(comparison)
     labels = dict.fromkeys(row["label"] for row in told)
@@ -310,11 +298,8 @@ def bracketed(row: dict[str, Any]) -> str:
 
 
 def partial_columns(told: Sequence[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    """Returns (heading, row to text) of scores that only some methods and splits have, where any row has them."""
-    named = (("personal", "personal_score"), ("unseen", "unseen_score"))
-    return [
-        (name, lambda row, key=key: words.score(row[key])) for name, key in named if any(row[key] is not None for row in told)
-    ]
+    """Returns (heading, row to text) of scores that only some tasks, methods and splits have, where any row has them."""
+    return [(name, lambda row, key=key: words.score(row[key])) for name, key in sometimes(told).items()]
 
 
 def comparison_table(comparison: Comparison, width: int | None = None) -> "Table":
@@ -366,5 +351,5 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
     return result
 
 
-OPTIONAL = ("gap", "own\ntest", "seeds", "personal", "unseen", "rank", "worst\nerror", "down", "up")
+OPTIONAL = ("gap", "own\ntest", "seeds", "flexible match", "personal", "unseen", "rank", "worst\nerror", "down", "up")
 """Columns that go, in this order, where the terminal is too narrow for all."""

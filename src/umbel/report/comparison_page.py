@@ -76,10 +76,8 @@ def _lead(comparison: Comparison, told: Sequence[dict[str, Any]]) -> str:
 def _table(comparison: Comparison, told: Sequence[dict[str, Any]]) -> str:
     reference = comparison.about["reference"]
     metric = told[0]["metric"] + (" ↓" if told[0]["lower_is_better"] else "") if told else "score"
-    matched = any(row["exact_match"] is not None for row in told)
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         (f"{comparison.about['scored_on']} {metric}", plus_minus),
-        *([("exact match", lambda row: words.score(row["exact_match"]))] if matched else []),
         (f"difference to {reference}", lambda row: "reference" if row["label"] == reference else bracketed(row)),
         ("own test", lambda row: words.score(row["own_test"])),
         ("gap", lambda row: words.difference(row["gap"])),

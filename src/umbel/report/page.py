@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel.report import figures, words
-from umbel.report.closing import best, errors, headline, ranks, refusals, rows
+from umbel.report.closing import best, errors, headline, ranks, refusals, rows, sometimes
 from umbel.report.jobs import Entry, Job, Run, entries, job_names
 from umbel.report.style import CSS
 
@@ -24,9 +24,6 @@ from the weighted mean of the clients’ updates; max and mean over layers, of t
 and evaluation. <b>local</b>: one client alone, mean over clients (range below; times are sums). <b>central</b>: one model
 on everyone’s rows. Bold: best of the methods."""
 
-
-PARTIAL = (("personal", "personal_score"), ("unseen", "unseen_score"))
-"""Columns for runs in which parts stay with the clients, or clients took no part."""
 
 RANKED = ("score", "error_max", "error_mean", "bytes_up", "bytes_down")
 
@@ -130,16 +127,14 @@ def _training_words(table: dict[str, Any]) -> str:
 def _closing_table(told: list[dict[str, Any]], shown: Sequence[Entry]) -> str:
     style = figures.looks(shown)
     metric = " / ".join(dict.fromkeys(row["metric"] + (" ↓" if row["lower_is_better"] else "") for row in told)) or "score"
-    matched = any(row["exact_match"] is not None for row in told)
     groups: list[tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = [
         (
             "Score",
             [
                 (metric, "score", words.score),
-                *([("exact match", "exact_match", words.score)] if matched else []),
                 ("own test", "local_score", words.score),
                 ("gap", "gap", words.difference),
-                *((name, key, words.score) for name, key in PARTIAL if any(row[key] is not None for row in told)),
+                *((name, key, words.score) for name, key in sometimes(told).items()),
             ],
         ),
         ("Error, last round", [("max", "error_max", words.error), ("mean", "error_mean", words.error)]),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from umbel.report import words
-from umbel.report.closing import best, refusals, rows
+from umbel.report.closing import best, refusals, rows, sometimes
 from umbel.report.jobs import Job, entries
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
-OPTIONAL = ("error\nmean", "exact\nmatch", "\nserver", "\novrhd")
+OPTIONAL = ("error\nmean", "flexible\nmatch", "exact\nmatch", "\nserver", "\novrhd")
 """Columns that go, in this order, where the terminal is too narrow for all."""
 
 LEGEND = (
@@ -62,15 +62,18 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
     return result
 
 
-def _columns(metric: str) -> list[Column]:
+def _headed(name: str) -> str:
+    """Two words on two lines, one word on the lower."""
+    return name.replace(" ", "\n") if " " in name else f"\n{name}"
+
+
+def _columns(metric: str, told: Sequence[dict[str, Any]]) -> list[Column]:
     """Returns (heading, row to text)."""
     return [
         (f"\n{metric}", lambda row: words.score(row["score"])),
-        ("exact\nmatch", lambda row: words.score(row["exact_match"])),
         ("own\ntest", lambda row: words.score(row["local_score"])),
         ("\ngap", lambda row: words.difference(row["gap"])),
-        ("per-\nsonal", lambda row: words.score(row["personal_score"])),
-        ("\nunseen", lambda row: words.score(row["unseen_score"])),
+        *((_headed(name), lambda row, key=key: words.score(row[key])) for name, key in sometimes(told).items()),
         ("error\nmax", lambda row: words.error(row["error_max"])),
         ("error\nmean", lambda row: words.error(row["error_mean"])),
         ("\nup", lambda row: words.size(row["bytes_up"])),
@@ -83,10 +86,7 @@ def _columns(metric: str) -> list[Column]:
 
 def _fitting(told: list[dict[str, Any]], room: int) -> list[Column]:
     """Returns the columns that fit into so many characters, with one between them."""
-    columns = _columns("/".join(dict.fromkeys(row["metric"] for row in told)) or "score")
-    for heading, key in (("exact\nmatch", "exact_match"), ("per-\nsonal", "personal_score"), ("\nunseen", "unseen_score")):
-        if all(row[key] is None for row in told):
-            columns = [column for column in columns if column[0] != heading]
+    columns = _columns("/".join(dict.fromkeys(row["metric"] for row in told)) or "score", told)
     for gone in OPTIONAL:
         if sum(1 + max(map(_length, [heading, *map(show, told)])) for heading, show in columns) <= room:
             break
