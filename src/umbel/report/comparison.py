@@ -22,9 +22,31 @@ STUDENT = (
 )
 """Student's t, 0.975 quantile, for 1 to 30 degrees of freedom; beyond, the last is a little too wide."""
 
-COLUMNS = tuple(
-    "label kind method seed state scored_on metric score exact_match exact_match_flexible pass_at_1 difference own_test gap "
-    "personal_score unseen_score error_worst bytes_up bytes_down rank options rounds wall_seconds folder".split()
+COLUMNS = (
+    "label",
+    "kind",
+    "method",
+    "seed",
+    "state",
+    "scored_on",
+    "metric",
+    "score",
+    "exact_match",
+    "exact_match_flexible",
+    "pass_at_1",
+    "difference",
+    "own_test",
+    "gap",
+    "personal_score",
+    "unseen_score",
+    "error_worst",
+    "bytes_up",
+    "bytes_down",
+    "rank",
+    "options",
+    "rounds",
+    "wall_seconds",
+    "folder",
 )
 """Of comparison.csv."""
 
