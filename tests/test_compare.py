@@ -339,10 +339,19 @@ def test_counted_numbers_are_those_that_travel(place, tmp_path, own):
     assert measured[1] - measured[0] == pytest.approx(counted[1] - counted[0], abs=300)  # digits in headers
 
 
-def test_clients_that_are_not_asked_still_get_what_is_merged():
-    merging = methods.load("florist", adopt="merge", rank=2)
-    one = 2 * 64 + 2 * 80
-    assert travelled(merging, 3, LAYERS, 4, asked=2, share=0.5) == 0.5 * 3 * 4 * one + 2 * 2 * one
+@pytest.mark.parametrize("own", [{"name": "rolora"}, {"name": "fedit"}, {"name": "flora"}], ids=lambda own: own["name"])
+def test_what_travels_is_counted_where_few_clients_are_asked(place, tmp_path, own):
+    """A client that returns gets the last of each factor and all merges since. Who is asked is another draw than the run's."""
+    measured, counted, rounds = [], [], 12
+    for r in (2, 4):
+        shared = {key: x for key, x in table(place).items() if key != "compare"}
+        shared |= {"seed": 1, "rounds": rounds, "server": {"clients_per_round": 1}, "training": {"max_steps": 1}}
+        entry = {**own, "lora": {"r": r, "lora_alpha": 2 * r}}
+        folder = running.run({**shared, "method": [entry]}, tmp_path / str(r), baselines=False)
+        (row,) = report.rows([report.read_job(folder)])
+        measured.append(row["bytes_up"] + row["bytes_down"])
+        counted.append(4 * travelled(methods.load(own["name"]), rounds, LAYERS, r, 1, 3))
+    assert measured[1] - measured[0] == pytest.approx(counted[1] - counted[0], rel=0.15)
 
 
 def test_the_scale_stays_and_the_ranks_chosen_are_those_that_run(place, tmp_path):

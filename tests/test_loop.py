@@ -408,6 +408,16 @@ OPENING = {
 }
 
 
+def test_nobody_can_say_a_larger_rank_than_the_run_has(tmp_path):
+    larger = at_the_opening(saying(layers={name: [*shape[:2], 4] for name, shape in LAYERS.items()}))
+    own = plan("florist", most_rank=3)
+    server = federate(engine(clients(), client_1=larger), own, Record(tmp_path))
+    assert lines_of(tmp_path)[0]["refused"] == [
+        {"client": 1, "reason": f"layer {next(iter(LAYERS))!r}: client 1 says rank 4, allowed: 1 to 3"}
+    ]
+    assert {shape.rank for shape in server.layers.values()} == {3}
+
+
 @pytest.mark.parametrize(("change", "reason"), OPENING.values(), ids=OPENING)
 @pytest.mark.parametrize("liar", [0, 1])
 def test_a_client_that_cannot_be_used_at_the_opening_is_refused_with_its_reason_and_left_out(tmp_path, liar, change, reason):

@@ -7,9 +7,10 @@ them, `umbel.report` reads them back.
 
 import itertools
 import json
+import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,12 +234,13 @@ def set_values(table: Table, values: Mapping[str, Any]) -> Table:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Numbers of factors of one phase and client: trained, sent, received as factors and as merges."""
+    """Numbers of factors of one phase and client: trained, sent, received by name and as merges; and whether all began anew."""
 
-    trained: float
-    up: float
-    factors: float
-    merged: float
+    trained: int
+    up: int
+    factors: dict[str, int]
+    merged: int
+    afresh: bool
 
 
 def _phases(method: Method, rounds: int, layers: Layers, r: int, asked: int) -> Iterator[tuple[Method, _Counts]]:
@@ -258,17 +260,20 @@ def _phases(method: Method, rounds: int, layers: Layers, r: int, asked: int) -> 
             clients = trial.clients((1.0,) * asked, (r,) * asked)
             downloads, sent, own = trial.aggregate(clients), trial.upload(clients[0]), clients[0].factors
             trains = {layer: [own[layer][name] for name in phase.trains] for layer in shapes}
-            sizes = [
-                sum(layers[shape] * sum(x.numel() for x in of[layer]) for layer, shape in shapes.items())
-                for of in (
-                    trains,
-                    {layer: sent[layer].values() for layer in shapes},
-                    {layer: downloads[layer].factors.values() for layer in shapes},
-                    {layer: downloads[layer].merge or () for layer in shapes},
-                )
-            ]
+            factors = {layer: download.factors for layer, download in downloads.items()}
+            names = sorted({name for own in factors.values() for name in own})
+
+            def size(of: Mapping[str, Iterable[Any]]) -> int:
+                return sum(layers[shape] * sum(x.numel() for x in of[layer]) for layer, shape in shapes.items())
+
+            known[kind] = _Counts(
+                trained=size(trains),
+                up=size({layer: sent[layer].values() for layer in shapes}),
+                factors={name: size({layer: [x[name]] if name in x else [] for layer, x in factors.items()}) for name in names},
+                merged=size({layer: downloads[layer].merge or () for layer in shapes}),
+                afresh=any(download.reset is not None for download in downloads.values()),
+            )
             held = {layer: {**own, **_of_rank(downloads[layer].factors, own)} for layer, own in held.items()}
-            known[kind] = _Counts(*sizes)
         yield phase, known[kind]
 
 
@@ -278,21 +283,31 @@ def trained(method: Method, rounds: int, layers: Layers, r: int) -> float:
     return sum(counts) / len(counts)
 
 
-def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, share: float = 1.0) -> float:
+def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, clients: int | None = None) -> float:
     """Returns how many numbers of factors a client sends and receives in a whole run at rank r, all phases included.
 
-    The last phase's result is not sent to anybody.
+    Every client gets what it is owed when it is asked: of each factor the last, of merges all. What the last phase leaves
+    is sent to nobody.
 
     Args:
         asked: Clients of a round.
-        share: Share of the clients that a round asks. A client that is left out gets what was merged later, all of it.
+        clients: K; None where all are asked.
     """
-    total = 0.0
-    phases = list(_phases(method, rounds, layers, r, asked))
-    for number, (phase, count) in enumerate(phases, 1):
-        asks = share if phase.trains else 1.0
-        total += asks * count.up + (asks * count.factors + count.merged if number < len(phases) else 0.0)
-    return total
+    everyone = range(clients or asked)
+    owed = [dict[str, int]() for _ in everyone]
+    merged, total, took_part = [0 for _ in everyone], 0, set[int]()
+    for number, (phase, count) in enumerate(_phases(method, rounds, layers, r, asked)):
+        chosen = random.Random(number).sample(everyone, asked) if phase.trains else list(everyone)
+        if not phase.trains and phase.measures == "factors":
+            chosen = sorted(took_part)
+        for k in chosen if phase.sends else []:
+            total += count.up + sum(owed[k].values()) + merged[k]
+            owed[k], merged[k] = {}, 0
+        took_part |= set(chosen) if phase.trains else set()
+        for k in everyone:
+            owed[k] = {**({} if count.afresh else owed[k]), **count.factors}
+            merged[k] += count.merged
+    return total / len(everyone)
 
 
 def _drawn(rows: int, columns: int) -> Any:
@@ -352,7 +367,7 @@ class Ranks:
         if self.equal == "parameters":
             return trained(method, config.rounds, self.layers, r)
         asked = min(config.server.clients_per_round or self.clients, self.clients)
-        numbers = travelled(method, config.rounds, self.layers, r, asked, asked / self.clients)
+        numbers = travelled(method, config.rounds, self.layers, r, asked, self.clients)
         return numbers * ITEM_BYTES[config.wire.dtype]
 
     def of(self, config: Config) -> tuple[int, float]:

@@ -40,6 +40,7 @@ class Plan:
         observe: "rounds" scores the common model after every round, "end" after the last, "never" not at all.
         observe_start: Score the common model before the first round too.
         score_clients: Every client scores its own model on its own test rows, after training and before aggregation.
+        most_rank: The largest rank that a client may say it has; 0 bounds it by the layer's size alone.
     """
 
     method: Method
@@ -52,6 +53,7 @@ class Plan:
     observe: str = "rounds"
     observe_start: bool = False
     score_clients: bool = True
+    most_rank: int = 0
 
 
 @dataclass
@@ -125,7 +127,7 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
             continue
         try:
             rows[reply.client] = _rows(reply.client, message.header)
-            said[reply.client] = _schema(reply.client, message.header)
+            said[reply.client] = _schema(reply.client, message.header, plan.most_rank)
         except Refused as error:
             heard.refuse(reply.client, str(error))
     if not said:
@@ -162,7 +164,7 @@ def _rows(client: int, header: Mapping[str, Any]) -> int:
     return rows
 
 
-def _schema(client: int, header: Mapping[str, Any]) -> Schema:
+def _schema(client: int, header: Mapping[str, Any], most_rank: int = 0) -> Schema:
     """Reads what a client says of its layers, and, named "plain|…", of its parameters that are not factors."""
     layers = header.get("layers")
     if not isinstance(layers, dict) or not layers:
@@ -170,8 +172,10 @@ def _schema(client: int, header: Mapping[str, Any]) -> Schema:
     for name, shape in layers.items():
         if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n < 2**31 for n in shape):
             raise Refused(f"layer {name!r}: client {client} says {shape!r:.80}, allowed: d_out, d_in and rank, 1 or more each")
-        if shape[2] > max(shape[:2]):
-            raise Refused(f"layer {name!r}: client {client} says rank {shape[2]}, allowed: 1 to {max(shape[:2])}")
+        # One client's word must not make everybody's factors large.
+        most = most_rank or max(shape[:2])
+        if shape[2] > most:
+            raise Refused(f"layer {name!r}: client {client} says rank {shape[2]}, allowed: 1 to {most}")
     plain = header.get("plain", {})
     if not isinstance(plain, dict):
         raise Refused(f"client {client} says its other parameters are {plain!r:.80}, allowed: names with shapes")

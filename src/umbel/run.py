@@ -116,7 +116,7 @@ def run(
             own = _pooled(dataset) if member.role == "central" else dataset
             try:
                 _run_member(folder / member.folder, member, base, stock, own, train, test, facts, listen)
-            except ServerError:
+            except (ServerError, publish.PublishError):
                 if not comparing:
                     raise  # else it is in the run's record, and the table shows it
     return folder
@@ -245,7 +245,10 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
     if training.max_steps > 0:
         # As many rows as all the clients of a round together see.
         training = replace(training, max_steps=training.max_steps * min(shared.server.clients_per_round or clients, clients))
-    ranks, lora = _ranks(shared, dataset), shared.lora
+    for config in configs.values():
+        _ranks(config, dataset)  # what is wrong with a later method's is said before the first one trains
+    ranks = {k: rank for k, rank in _ranks(shared, dataset).items() if k in everyone}
+    lora = shared.lora
     largest = lora.of(max(ranks, key=lambda k: ranks[k]), max(ranks.values())) if ranks else lora
     central = replace(plain, lora=largest, training=replace(training, optimizer_state="keep"))
     result.append(Member("central", "central", central, [0], "central"))
@@ -258,7 +261,7 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
 def _pooled(dataset: Any) -> Any:
     """Returns the same rows, those of clients that take part all client 0's."""
     owner_train = [-2 if owner in dataset.unseen else 0 for owner in dataset.owner_train]
-    return replace(dataset, owner_train=owner_train, owner_test=[0] * len(dataset.owner_test), clients=1)
+    return replace(dataset, owner_train=owner_train, clients=1)
 
 
 def _contents(members: list[Member]) -> dict[str, Any]:
@@ -335,6 +338,7 @@ def _plan(member: Member) -> Plan:
         observe="end" if member.role == "local" else "rounds",
         observe_start=config.task.kind != "classification" and member.role != "local",
         score_clients=member.role == "method",
+        most_rank=max([config.lora.rank, *config.lora.rank_pattern.values()]),
     )
 
 

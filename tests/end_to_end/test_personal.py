@@ -67,7 +67,8 @@ def test_the_table_has_the_personal_score_beside_the_common_one(job: Path) -> No
     own = [gathered["local"][k] for k in "012"]
     assert row["personal_score"] == pytest.approx(sum(x["rows"] * x["accuracy"] for x in own) / 45)
     assert row["score"] == gathered["global"]["accuracy"]
-    assert row["gap"] == pytest.approx(row["local_score"] - row["score"])
+    assert row["gap"] == pytest.approx(row["personal_score"] - row["score"])
+    assert other["gap"] == pytest.approx(other["local_score"] - other["score"])
     assert [client["personal_score"] for client in row["by_client"]] == [x["accuracy"] for x in own]
     assert other["personal_score"] is None
     assert [client["gap"] for client in other["by_client"]] == [

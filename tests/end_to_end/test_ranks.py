@@ -149,3 +149,26 @@ def test_unseen_clients_take_no_part(tmp_path: Path) -> None:
 def test_somebody_must_be_left(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"split\.unseen: got 0\.9, which leaves none of 3 clients"):
         running.run(tiny.table(tmp_path, {"name": "fedit"}, split={"unseen": 0.9}), tmp_path / "run")
+
+
+def test_every_kind_of_run_has_its_score_on_the_unseen_clients_rows(tmp_path: Path) -> None:
+    table = tiny.table(tmp_path, {"name": "fedit"}, split={"unseen": 0.3})
+    folder = running.run(table, tmp_path / "run")
+    [unseen] = json.loads((folder / "split.json").read_text())["unseen"]
+    rows = {row["kind"]: row for row in report.rows([report.read_job(folder)])}
+    places = {"method": ["."], "central": ["central"], "local": json.loads((folder / "job.json").read_text())["local"]}
+    for kind, members in places.items():
+        found = []
+        for member in members:
+            text = (folder / member / "clients" / "-1" / "scores.jsonl").read_text()
+            own = [row["right"] for row in map(json.loads, text.splitlines()) if row["client"] == unseen]
+            found.append(sum(own) / len(own))
+        assert rows[kind]["unseen_score"] == pytest.approx(sum(found) / len(found)), kind
+
+
+def test_ranks_of_every_method_are_looked_at_before_the_first_trains(tmp_path: Path) -> None:
+    entries = [{"name": "fedit"}, {"name": "flora", "lora": {"r": [2, 4]}}]
+    table = with_column(tmp_path, tiny.table(tmp_path, entries), [2, 2, 2])
+    with pytest.raises(ConfigError, match=r"lora\.r: got 2 values, for 3 clients"):
+        running.run(table, tmp_path / "run")
+    assert not (tmp_path / "run" / "fedit").exists()

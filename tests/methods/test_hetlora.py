@@ -75,12 +75,17 @@ def test_where_nothing_was_learned_rows_decide():
     assert torch.allclose(factors["A"], 0.25 * pairs[0][1] + 0.75 * pairs[1][1])
 
 
-def test_directions_that_nobody_sent_stay_as_they_were_held():
-    pairs = clients((2, 3))
-    factors, held = aggregate(pairs, [1.0, 1.0], 5)
-    assert torch.equal(factors["A"][3:], held["A"][3:])
-    assert torch.equal(factors["B"][:, 3:], held["B"][:, 3:])
-    assert not torch.equal(factors["A"][:3], held["A"][:3])
+def test_directions_that_nobody_sent_are_not_sent_back_so_that_clients_begin_them_anew():
+    factors, _ = aggregate(clients((2, 3)), [1.0, 1.0], 5)
+    assert factors["A"].shape == (3, D_IN)
+    assert factors["B"].shape == (D_OUT, 3)
+
+
+def test_a_client_without_any_weight_adds_no_direction():
+    """Its directions would be zero on both sides, and so have no gradient."""
+    (first, (B, A)) = clients((2, 4))
+    factors, _ = aggregate([first, (0 * B, A)], [1.0, 1.0], 4)
+    assert factors["A"].shape == (2, D_IN)
 
 
 def test_the_penalty_is_the_size_of_the_last_directions():

@@ -49,19 +49,15 @@ class HetLoRA(Method):
     def combine(self, got: list[tuple[Factors, float]], held: Factors) -> Download:
         norms = [float(algebra.norm(own["B"], own["A"])) if self.weights == "sparsity" else 1.0 for own, _ in got]
         raw = [p * size for (_, p), size in zip(got, norms)] if any(norms) else [p for _, p in got]  # (4)
-        widest = max(own["A"].shape[0] for own, _ in got)
-        mean = {
-            "A": torch.zeros(widest, held["A"].shape[1], dtype=torch.float64),
-            "B": torch.zeros(held["B"].shape[0], widest, dtype=torch.float64),
-        }
-        for (own, _), w in zip(got, raw):
-            r = own["A"].shape[0]
-            mean["A"][:r] += w / sum(raw) * own["A"]  # (5)
-            mean["B"][:, :r] += w / sum(raw) * own["B"]
+        widest = max(own["A"].shape[0] for (own, _), w in zip(got, raw) if w > 0)
         dtype = got[0][0]["A"].dtype
-        A = torch.cat([mean["A"].to(dtype), held["A"][widest:].to(dtype)])
-        B = torch.cat([mean["B"].to(dtype), held["B"][:, widest:].to(dtype)], dim=1)
-        return Download(factors={"A": A, "B": B})  # (1) happens on the way
+        A = torch.zeros(widest, held["A"].shape[1], dtype=torch.float64)
+        B = torch.zeros(held["B"].shape[0], widest, dtype=torch.float64)
+        for (own, _), w in zip(got, raw):
+            r = min(own["A"].shape[0], widest)
+            A[:r] += w / sum(raw) * own["A"][:r]  # (5)
+            B[:, :r] += w / sum(raw) * own["B"][:, :r]
+        return Download(factors={"A": A.to(dtype), "B": B.to(dtype)})  # (1) happens on the way
 
     def penalty(self, factors: Factors) -> Tensor | None:
         kept = self._kept(factors)

@@ -32,8 +32,8 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
       measured), `score_min` and `score_max` (over clients; `local` only), `exact_match`,
       `exact_match_flexible` and `pass_at_1` (likewise the last);
     * `local_score`: mean over clients, weighted by test rows, of a client's own model on its own test rows after the last
-      training and before aggregation; `gap`: that minus the score of the same round; `personal_score`: likewise, of clients'
-      models with the parts that stayed with them after the last aggregation, for methods that leave some there;
+      training and before aggregation; `personal_score`: likewise, of common parts and those that stayed with the clients, after
+      the last aggregation, for methods that leave some there; `gap`: that, or else the local score, minus the score;
     * `unseen_score`: the last score on the test rows of the clients that took no part (`split.unseen`);
     * `by_client`: `client`, `local_score`, `gap` and `personal_score` of each;
     * `error_max`, `error_mean`: aggregation error over layers in the last round that measured it;
@@ -77,9 +77,10 @@ def _row(entry: Entry) -> dict[str, Any]:
     first = runs[0]
     federated = entry.kind == "method"
     scores = [_mean(x) for x in by_round(entry)]
-    last = [x for run in runs if (x := _last([run.score(line) for line in run.trained])) is not None]
+    last = [x for run in runs if (x := _reached(run)) is not None]
     local = [(line, x) for run in runs for line in run.trained[-1:] if (x := _local(run, line)) is not None]
     layers = [list(by_layer.values()) for _, by_layer in errors(first)] if federated else []
+    personal = first.personal_score if federated else None
     seconds = [run.seconds() for run in runs]
     total, fit, evaluate = (sum(x.get(stage, 0.0) for x in seconds) for stage in ("total", "fit", "evaluate"))
     wall = sum(run.info.get("seconds") or x["total"] for run, x in zip(runs, seconds))
@@ -100,13 +101,13 @@ def _row(entry: Entry) -> dict[str, Any]:
         "score_min": min(last) if entry.kind == "local" and last else None,
         "score_max": max(last) if entry.kind == "local" and last else None,
         **{
-            key: _mean([x for run in runs if (x := _last([run.score(line, key) for line in run.trained])) is not None])
+            key: _mean([x for run in runs if (x := _reached(run, key)) is not None])
             for key in ("exact_match", "exact_match_flexible", "pass_at_1")
         },
         "local_score": _mean([score for _, (score, _) in local]),
-        "gap": _mean([score - whole for _, (score, whole) in local if whole is not None]),
-        "personal_score": first.personal_score if federated else None,
-        "unseen_score": _last([first.score(line, f"unseen_{first.metric}") for line in first.trained]),
+        "gap": _mean([(score if personal is None else personal) - whole for _, (score, whole) in local if whole is not None]),
+        "personal_score": personal,
+        "unseen_score": _mean([_reached(run, f"unseen_{run.metric}") for run in runs]),
         "by_client": _by_client(first) if federated else [],
         "error_max": max(layers[-1], key=_nan_largest) if layers else None,
         "error_mean": _mean(layers[-1]) if layers else None,
@@ -121,7 +122,7 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 
 def _local(run: Run, line: dict[str, Any]) -> tuple[float, float | None] | None:
-    """Returns (own models on own test rows, aggregated model on all test rows) of one round."""
+    """Returns (own models on own test rows, common model on all test rows) of one round."""
     own = run.local_score(line)
     return None if own is None else (own, run.score(line))
 
@@ -136,12 +137,22 @@ def _by_client(run: Run) -> list[dict[str, Any]]:
         {
             "client": int(client),
             "local_score": own,
-            "gap": None if whole is None else own - whole,
-            "personal_score": (personal.get(client) or {}).get(run.metric),
+            "gap": None if whole is None else (own if mine is None else mine) - whole,
+            "personal_score": mine,
         }
         for client, scores in sorted((line.get("local") or {}).items(), key=lambda x: int(x[0]))
+        for mine in [(personal.get(client) or {}).get(run.metric)]
         if (own := (scores or {}).get(run.metric)) is not None
     ]
+
+
+def _reached(run: Run, metric: str = "") -> float | None:
+    """Returns the score after the last round; of a run that is not done, the last that was measured.
+
+    A finished run whose last model has no score (it diverged, and its loss is no number) has none.
+    """
+    scores = [run.score(line, metric) for line in run.trained]
+    return scores[-1] if scores and run.state == "done" else _last(scores)
 
 
 def _state(runs: Sequence[Run]) -> str:
