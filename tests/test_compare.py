@@ -182,8 +182,13 @@ def test_a_seed_that_joins_later_finds_the_others_done_and_one_that_goes_is_left
 def test_a_method_that_would_now_be_another_is_refused(copy, place):
     changed = table(place)
     changed["training"]["learning_rate"] = 1e-3
+    before = {name: (copy / name).read_bytes() for name in ("compare.toml", "compare.json", "chosen.json", "comparison.csv")}
     with pytest.raises(RecordError, match=r"began with another configuration \(training.learning_rate = 0.02, now 0.001\)"):
         compare(changed, copy)
+    fewer = [{"name": "florist", "energy": 0.7}, "fedit", "fed_sb"]
+    with pytest.raises(RecordError, match=r"seed-1/florist began with another configuration"):
+        compare(table(place, methods=fewer), copy)
+    assert {name: (copy / name).read_bytes() for name in before} == before
 
 
 def test_a_seeds_folder_is_an_ordinary_job(copy):
@@ -243,6 +248,24 @@ def test_choosing_never_looks_at_test_rows(place, finished, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.jsonl"):
         compare(blind, tmp_path / "out")
     assert (tmp_path / "out" / "chosen.json").read_text() == (finished / "chosen.json").read_text()
+
+
+def test_a_method_whose_every_candidate_fails_stops_nobody_and_may_be_mended(place, tmp_path):
+    own = {"seeds": [1], "choose": {"training.learning_rate": [1e-2, 2e-2]}}
+    # A rank beyond the layer's smaller side.
+    compare(table(place, **own, methods=["fedit", {"name": "ravan", "lora": {"r": 60}}]), tmp_path / "out")
+    told = {row["label"]: row for row in summary(report.read_comparison(tmp_path / "out"))}
+    assert told["fedit"]["score"] is not None
+    assert told["ravan"]["score"] is None
+    assert "lower lora.r" in told["ravan"]["failed"][0][1]
+    before = times(tmp_path / "out")
+    compare(table(place, **own, methods=["fedit", {"name": "ravan", "lora": {"r": 4}}]), tmp_path / "out")
+    told = {row["label"]: row for row in summary(report.read_comparison(tmp_path / "out"))}
+    assert told["ravan"]["score"] is not None
+    after = times(tmp_path / "out")
+    assert {name: x for name, x in after.items() if "ravan" not in name} == {
+        name: x for name, x in before.items() if "ravan" not in name
+    }
 
 
 def test_a_candidate_that_fails_is_not_chosen_and_stops_nobody(place, tmp_path):

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="assignments")
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table = configuration.read(arguments.file, arguments.assignments)
     asked = table.pop("compare", {})
     table |= {"seed": asked.get("seeds", [table.get("seed", 1)])[0], "method": {"name": "fedit"}}

@@ -345,7 +345,8 @@ def _split_table(manifest: dict[str, Any]) -> Any:
     for client, (train, test) in enumerate(zip(manifest["train"], manifest["test"])):
         order = sorted(range(len(train)), key=lambda i: -train[i])
         most = ", ".join(f"{manifest['labels'][i]} {train[i]}" for i in order[:3] if train[i])
-        table.add_row(str(client), str(sum(train)), str(sum(test)), str(sum(n > 0 for n in train)), most)
+        name = f"{client} (unseen)" if client in manifest.get("unseen", []) else str(client)
+        table.add_row(name, str(sum(train)), str(sum(test)), str(sum(n > 0 for n in train)), most)
     return table
 
 

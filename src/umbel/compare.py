@@ -425,12 +425,21 @@ def compare(table: Table, folder: Path, listen: running.Listener = lambda event:
     comparison = read(table)
     with locked(folder):
         _check_ours(folder)
-        write_file(folder / "compare.toml", tomli_w.dumps(table).encode())
+        begun = (folder / "compare.toml").is_file()
+        if not begun:
+            write_file(folder / "compare.toml", tomli_w.dumps(table).encode())
         ranks = _ranks(comparison)
         chosen = _choose(comparison, folder, ranks, listen)
         tables = [_candidate(comparison, entry, chosen[entry.label]["values"], ranks) for entry in comparison.entries]
         validation = 0.0 if comparison.chooses else None
         about = _about(comparison, chosen, tables, ranks)
+        # What says how results came about is written only when they still come about so.
+        for seed in comparison.seeds:
+            running.check_begun(comparison.job(seed, tables, validation), folder / f"seed-{seed}")
+        if begun:
+            write_file(folder / "compare.toml", tomli_w.dumps(table).encode())
+        if comparison.chooses:
+            write_json(folder / "chosen.json", {**about["chosen_on"], "methods": chosen})
         write_json(folder / "compare.json", about)
         for text in report.rank_notes(about):
             listen({"event": "note", "text": text})
@@ -493,18 +502,17 @@ def _choose(comparison: Comparison, folder: Path, ranks: Ranks | None, listen: r
                 table = _candidate(comparison, entry, values, ranks)
                 tables.append({**table, "label": candidate_label(entry.label, values)})
         job = comparison.job(seed, tables, comparison.validation)
+        running.check_begun(job, folder / "choose")
         running.run(job, folder / "choose", _prefixed(listen, "choosing"), baselines=False, comparing=True)
         told = {row["label"]: row for row in report.rows([report.read_job(folder / "choose")])}
         for label, candidates in offered.items():
             if label not in chosen:
-                chosen[label] = _best(label, [(values, told[candidate_label(label, values)]) for values in candidates])
-        said = {"seed": seed, "validation": comparison.validation, "methods": chosen}
-        write_json(folder / "chosen.json", said)
+                chosen[label] = _best([(values, told[candidate_label(label, values)]) for values in candidates])
     return chosen
 
 
-def _best(label: str, scored: list[tuple[Table, dict[str, Any]]]) -> Table:
-    """Returns the candidate with the best score, the first of equals; one that failed has none."""
+def _best(scored: list[tuple[Table, dict[str, Any]]]) -> Table:
+    """Returns the candidate with the best score, the first of equals and where all failed."""
     candidates = [
         {
             "values": values,
@@ -518,7 +526,8 @@ def _best(label: str, scored: list[tuple[Table, dict[str, Any]]]) -> Table:
     # Not a number is not itself.
     usable = [x for x in candidates if x["score"] is not None and x["score"] == x["score"]]
     if not usable:
-        raise ConfigError(f"{label}: every candidate failed ({candidates[0]['error']}); give others to choose from")
+        # It will fail again, and stand in the table so; the other methods go on.
+        return {"values": candidates[0]["values"], "candidates": candidates}
     sign = -1 if scored[0][1]["lower_is_better"] else 1
     return {"values": max(usable, key=lambda x: sign * x["score"])["values"], "candidates": candidates}
 

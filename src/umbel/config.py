@@ -114,7 +114,8 @@ class Split:
         alpha: Concentration of the Dirichlet draw, > 0; small is skewed.
         column: For "by".
         shards_per_client: For "shards".
-        unseen: Share of the clients that take no part; the common model is scored on their test rows.
+        unseen: Share of the clients (at least one, where it is not 0) that take no part; the common model is scored on their
+            test rows.
     """
 
     kind: Literal["iid", "dirichlet", "by", "shards", "files"] = "iid"
@@ -436,6 +437,7 @@ def _rank_problems(config: Config) -> list[tuple[bool, str]]:
     lists = {"r": lora.r, "lora_alpha": lora.lora_alpha}
     name = config.method.name
     differ = len(set(_listed(lora.r))) > 1 or bool(lora.rank_by)
+    said = f"rank_by = {lora.rank_by!r}" if lora.rank_by else lora.r
     return [
         (min(_listed(lora.r), default=0) < 1, f"lora.r: got {lora.r}, allowed: 1 or more, or a list with one for each client"),
         *(
@@ -449,7 +451,7 @@ def _rank_problems(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             differ and not methods.load(name, **config.method.options).mixed_ranks,
-            f"lora: {name} needs one rank for all clients, got {lora.rank_by or lora.r}; {methods.taking_mixed_ranks()}",
+            f"lora: {name} needs one rank for all clients, got {said}; {methods.taking_mixed_ranks()}",
         ),
     ]
 
@@ -557,16 +559,16 @@ def for_task(config: Config, table: dict[str, Any]) -> Config:
             f"'{strange[0]}' is not for scoring a finished run on another task; allowed: [data], [task], and of [training] "
             f"{' and '.join(scoring)}"
         )
+    kinds = config.task.kind, table.get("task", {}).get("kind", Task.kind)
+    if "classification" in kinds:
+        raise ConfigError(
+            f"task.kind: got {kinds[1]!r} for a run of kind {kinds[0]!r}; a classification head knows its own "
+            "labels only, so other tasks are for causal models (kinds 'choice' and 'instruction')"
+        )
     own = to_table(config)
     own["data"] = {"train": own["data"]["train"], **table.get("data", {})}
     own["training"] = {**own["training"], **training}
-    result = from_table({**own, "task": table.get("task", {})})
-    if "classification" in (config.task.kind, result.task.kind):
-        raise ConfigError(
-            f"task.kind: got {result.task.kind!r} for a run of kind {config.task.kind!r}; a classification head knows its own "
-            "labels only, so other tasks are for causal models (kinds 'choice' and 'instruction')"
-        )
-    return result
+    return from_table({**own, "task": table.get("task", {})})
 
 
 def from_table(table: dict[str, Any]) -> Config:

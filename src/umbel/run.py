@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 import tomllib
@@ -173,21 +174,46 @@ def _check_same(folder: Path, table: dict[str, Any] | None, manifest: dict[str, 
             )
 
 
+def check_begun(table: dict[str, Any], folder: Path) -> None:
+    """Refuses a comparison's job where a method's run has begun with another configuration than it would have now.
+
+    Raises:
+        RecordError: It names all such runs.
+    """
+    _check_members(
+        folder, [Member(label, label, config, [], "method") for label, config in configuration.configs(table).items()]
+    )
+
+
 def _check_members(folder: Path, members: list[Member]) -> None:
-    """Refuses to go on where a run that has begun had another configuration than it would have now."""
+    """Refuses to go on where runs have begun with another configuration; one that failed before its first round begins anew."""
+    changed: dict[str, str] = {}
     for member in members:
-        path = folder / member.folder / "run.toml"
-        if path.exists() and (before := configuration.from_table(configuration.read(path))) != member.config:
-            old, new = (configuration.to_table(config) for config in (before, member.config))
-            section = next(key for key in new if old[key] != new[key])
-            changed = f"{section} = {old[section]}, now {new[section]}"
-            if isinstance(new[section], dict):
-                keys = {**old[section], **new[section]}
-                key = next(key for key in keys if old[section].get(key) != new[section].get(key))
-                changed = f"{section}.{key} = {old[section].get(key)}, now {new[section].get(key)}"
-            raise RecordError(
-                f"{path.parent} began with another configuration ({changed}); give another folder, or delete it to run it anew"
-            )
+        place = folder / member.folder
+        if not (place / "run.toml").exists():
+            continue
+        before = configuration.from_table(configuration.read(place / "run.toml"))
+        if before == member.config:
+            continue
+        record = Record(place)
+        if record.info.get("state") == "failed" and not any(line.get("phase") == "train" for line in record.lines()):
+            shutil.rmtree(place)
+        else:
+            changed[str(place)] = _change(before, member.config)
+    if changed:
+        raise RecordError(
+            f"{', '.join(changed)} began with another configuration ({next(iter(changed.values()))}); give another folder, or "
+            "delete what is to be run anew"
+        )
+
+
+def _change(before: Config, after: Config) -> str:
+    old, new = (configuration.to_table(config) for config in (before, after))
+    section = next(key for key in new if old[key] != new[key])
+    if not isinstance(new[section], dict):
+        return f"{section} = {old[section]}, now {new[section]}"
+    key = next(key for key in {**old[section], **new[section]} if old[section].get(key) != new[section].get(key))
+    return f"{section}.{key} = {old[section].get(key)}, now {new[section].get(key)}"
 
 
 def _shared(configs: dict[str, Config]) -> Config:
@@ -245,8 +271,11 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
     if training.max_steps > 0:
         # As many rows as all the clients of a round together see.
         training = replace(training, max_steps=training.max_steps * min(shared.server.clients_per_round or clients, clients))
-    for config in configs.values():
-        _ranks(config, dataset)  # what is wrong with a later method's is said before the first one trains
+    for label, config in configs.items():
+        try:
+            _ranks(config, dataset)  # what is wrong with a later method's is said before the first one trains
+        except ConfigError as error:
+            raise ConfigError(f"{label}: {error}") from None
     ranks = {k: rank for k, rank in _ranks(shared, dataset).items() if k in everyone}
     lora = shared.lora
     largest = lora.of(max(ranks, key=lambda k: ranks[k]), max(ranks.values())) if ranks else lora

@@ -241,11 +241,13 @@ def choice_notes(about: dict[str, Any]) -> list[str]:
     share, seed = words.share(about["chosen_on"]["validation"]), about["chosen_on"]["seed"]
     result = [
         f"Hyper-parameters were chosen on validation rows ({share} of the training rows, seed {seed}); scores are on test "
-        "rows, on which nothing was chosen. local and central take the first method’s."
+        f"rows, on which nothing was chosen. local and central take {about['reference']}’s."
     ]
     for label, own in about["methods"].items():
         if own["candidates"]:
-            result.append(f"{label}: {options(own['values'])} (of {words.count(len(own['candidates']), 'candidate')})")
+            failed = sum(x["state"] == "failed" for x in own["candidates"])
+            of = words.count(len(own["candidates"]), "candidate") + (f", {failed} failed" if failed else "")
+            result.append(f"{label}: {options(own['values'])} (of {of})")
     return result
 
 
@@ -263,7 +265,7 @@ def seed_notes(comparison: Comparison) -> list[str]:
     seeds, reference = ", ".join(map(str, about["seeds"])), about["reference"]
     result = [
         f"Mean ± sample standard deviation over the seeds {seeds}. Difference to {reference}: paired by seed, 95 % interval of "
-        "Student’s t in brackets."
+        "Student’s t in brackets; it covers what varies from seed to seed, not which test rows there happen to be."
     ]
     if len(about["seeds"]) == 1:
         result = [f"One seed ({seeds}): no standard deviation and no interval; a difference may be chance."]
@@ -353,10 +355,12 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
     ]
     width = width or Console().width
     name = min(max([6, *(len(row["label"]) for row in told)]), width // 4)
+    left: list[str] = []
     for gone in OPTIONAL:
         shown = [max(map(len, [*heading.split("\n"), *map(show, told)])) for heading, show in columns]
         if name + sum(1 + x for x in shown) <= width:
             break
+        left += [gone.replace("\n", " ") for heading, _ in columns if heading == gone]
         columns = [column for column in columns if column[0] != gone]
     result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, header_style="bold")
     result.add_column("method", overflow="fold", max_width=width // 4, vertical="bottom")
@@ -368,6 +372,8 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
         result.add_row(Text(row["label"]), *(Text(show(row)) for _, show in columns), style=style, end_section=ends)
     said = [*choice_notes(comparison.about), *seed_notes(comparison)]
     said.append("up, down: bytes per client, whole run. worst error: of aggregation, over layers, rounds and seeds.")
+    if left:
+        said.append(f"Left out for want of width: {', '.join(left)}; the page, the CSV and --json have them.")
     result.caption = escape("\n".join(said))
     result.caption_justify = "left"
     return result

@@ -66,7 +66,9 @@ def _lead(comparison: Comparison, told: Sequence[dict[str, Any]]) -> str:
     said = f"Best {best['metric']}{' (lower is better)' if lower else ''}: {best['label']} with {plus_minus(best)}"
     if best["difference"] is not None:
         said += f", {bracketed(best)} against {reference}"
-    sure = [row["label"] for row in scored if row["difference_half"] and abs(row["difference"]) > row["difference_half"]]
+    sure = [
+        row["label"] for row in scored if row["difference_half"] is not None and abs(row["difference"]) > row["difference_half"]
+    ]
     if any(row["difference_half"] is not None for row in scored):
         said += f". The interval of the difference to {reference} leaves out zero for: {', '.join(sure) or 'none'}"
     edge = ", ".join(row["label"] for row in front(told))
