@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import tiny
+from recorded import lines
 from umbel import compare as comparing
 from umbel import config as configuration
 from umbel import method as methods
@@ -70,10 +71,6 @@ def table(folder: Path, **compare: Any) -> dict[str, Any]:
     del result["method"], result["seed"]
     own = {"seeds": [1, 2], "methods": [{"name": "florist", "choose": {"energy": [0.5, 1.0]}}, "fedit", "fed_sb"]}
     return {**result, "compare": {**own, **compare}}
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 def last_score(folder: Path) -> float:

@@ -1,5 +1,6 @@
 """The documentation is checked like code: links, commands, examples and method pages exist and work."""
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ from umbel.config import ConfigError, configs, for_task
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.toml"))
+BENCHMARKS = sorted(ROOT.glob("benchmarks/methods/*.toml"))
 TASKS = sorted(ROOT.glob("examples/tasks/*.toml"))
 RUN = configs(tomllib.loads((ROOT / "examples" / "gsm8k.toml").read_text(encoding="utf-8")))["florist"]
 
@@ -119,3 +121,19 @@ def test_the_method_shown_to_contributors_passes_the_conformance_suite(tmp_path:
     (tmp_path / "shown_to_contributors" / "my_method.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert all(result.holds is not False for result in check_method("shown_to_contributors.my_method"))
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_result_files() -> None:
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "methods" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table:") >= 6
+    assert pages.rendered(text) == text, "run python benchmarks/methods/pages.py"
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)
+def test_every_benchmark_is_a_comparison_that_can_be_run(file: Path) -> None:
+    assert compare.read(tomllib.loads(file.read_text(encoding="utf-8"))).entries

@@ -13,7 +13,7 @@ from umbel import report
 from umbel.record import write_json
 from umbel.report import Run
 
-KEPT = ("umbel", "versions", "machine", "model", "data", "command")
+KEPT = ("umbel", "versions", "machine", "model", "data")
 LEFT_OUT = ("by_client", "job", "scores", "kind", "error", "rounds_planned", "clients", "state", "options", "method")
 
 
@@ -28,6 +28,8 @@ def main() -> None:
     first = next(iter(comparison.jobs.values())).methods[0]
     told["provenance"] = {key: first.info[key] for key in KEPT if key in first.info}
     told["file"] = tomllib.loads((arguments.folder / "compare.toml").read_text(encoding="utf-8"))
+    # Where the rows lay is nobody's business; their hashes say which they are.
+    told["file"]["data"] |= {key: Path(told["file"]["data"][key]).name for key in ("train", "test")}
     told["errors"] = [
         {"label": run.label, "seed": seed, **errors(run)} for seed, job in comparison.jobs.items() for run in job.methods
     ]

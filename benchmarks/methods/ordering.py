@@ -70,6 +70,7 @@ def main() -> None:
         rounds.append(_errors(own, everyone, adapter, config.seed))
     holds = all(bool(x["holds"]) for x in rounds)
     about = running.provenance(dataset.manifest(), model.fingerprint(config), config)
+    del about["command"], about["adapter"]
     write_json(arguments.out, {"order": " and ".join(" ≤ ".join(x) for x in CHAINS), "holds": holds, "rounds": rounds, **about})
     print(json.dumps({"order holds in every layer and round": holds}))
 

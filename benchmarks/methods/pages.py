@@ -43,6 +43,18 @@ def curve(told: Table) -> str:
     return markdown(rows)
 
 
+def generated(told: Table) -> str:
+    """Loss before and after, and what was solved of the rows that were generated for."""
+    rows = [["run", "test loss before", "after", "exact match", "flexible", "up", "down"]]
+    for row in told["rows"]:
+        began = next((x["score_start"] for x in told["runs"] if x["label"] == row["label"]), None)
+        numbers = [began, row["score"], row["exact_match"], row["exact_match_flexible"]]
+        rows.append(
+            [f"`{row['label']}`", *map(words.score, numbers), words.size(row["bytes_up"]), words.size(row["bytes_down"])]
+        )
+    return markdown(rows)
+
+
 def divergence(told: Table) -> str:
     """Errors against both targets, mean over layers, rounds and seeds."""
     rows = [["method", "to the weighted mean", "to the sum over clients"]]
@@ -89,6 +101,7 @@ def markdown(rows: list[list[str]]) -> str:
 KINDS: dict[str, Callable[[Table], str]] = {
     "methods": methods,
     "curve": curve,
+    "generated": generated,
     "divergence": divergence,
     "order": order,
     "machine": machine,

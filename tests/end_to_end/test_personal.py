@@ -1,24 +1,14 @@
 """FedSA-LoRA in a run: B and the head stay at the clients; the common model comes together once, in the end."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import tiny
+from recorded import kept, lines
 from umbel import report, wire
 from umbel import run as running
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-
-
-def kept(folder: Path, client: int) -> dict[str, torch.Tensor]:
-    [newest] = sorted((folder / "clients" / str(client)).glob("*.safetensors"), key=lambda path: int(path.stem))[-1:]
-    return wire.decode(newest.read_bytes()).tensors
 
 
 @pytest.fixture(scope="module")

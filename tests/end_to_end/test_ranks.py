@@ -8,21 +8,13 @@ import pytest
 import torch
 
 import tiny
+from recorded import kept, lines
 from umbel import config as configuration
-from umbel import report, wire
+from umbel import report
 from umbel import run as running
 from umbel.config import ConfigError
 
 MIXED = ("flora", "flexlora", "hetlora", "florist")
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-
-
-def kept(folder: Path, client: int) -> dict[str, torch.Tensor]:
-    [newest] = sorted((folder / "clients" / str(client)).glob("*.safetensors"), key=lambda path: int(path.stem))[-1:]
-    return wire.decode(newest.read_bytes()).tensors
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from typer.testing import CliRunner
 
 import tiny
+from recorded import lines
 from umbel import method as methods
 from umbel import run as running
 from umbel import wire
@@ -48,10 +49,6 @@ METHODS: list[dict[str, Any]] = [
     *({"name": name} for name in ("fedsvd", "best_rank", "exact", "ravan")),
 ]
 EXACT = ("fed_sb", "fed_sb-gradient", "fed_sb-random", "florist-merge", "ffa_lora", "rolora", "fedex_lora", "flora", "fedsvd")
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

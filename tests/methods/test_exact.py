@@ -3,21 +3,8 @@
 import pytest
 import torch
 
+from invented import R, clients, mean_of_products
 from umbel.method import Each, MethodError, load
-
-D_OUT, D_IN, R = 9, 13, 3
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def clients(ranks, seed=0):
-    return [(draw(D_OUT, r, seed=seed + 10 * k), draw(r, D_IN, seed=seed + 10 * k + 5)) for k, r in enumerate(ranks)]
-
-
-def mean_of_products(pairs, rows):
-    return sum(n / sum(rows) * B @ A for (B, A), n in zip(pairs, rows))
 
 
 def aggregate(name, pairs, rows):

@@ -7,17 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from invented import D_IN, D_OUT, R, clients, draw
 from umbel.method import Each, Mean, MethodError, load
-
-D_OUT, D_IN, R = 9, 13, 3
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def clients(ranks, seed=0):
-    return [(draw(D_OUT, r, seed=seed + 10 * k), draw(r, D_IN, seed=seed + 10 * k + 5)) for k, r in enumerate(ranks)]
 
 
 def pair(B, A):
