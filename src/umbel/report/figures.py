@@ -219,10 +219,10 @@ def score_and_bytes(rows: Sequence[dict[str, Any]], best: Sequence[str], metric:
         x, y, deviation = row["total_bytes"], row["score"], row["score_sd"]
         bar = {"ecolor": look.colour, "elinewidth": 1.1, "capsize": 2.5, "yerr": deviation or None}
         axes.errorbar([x], [y], color=look.colour, marker=look.marker, markersize=7, markeredgecolor="white", zorder=3, **bar)
-    for row in rows:
-        if row["kind"] != "method" and row["score"] is not None:
-            look = style[row["label"]]
-            axes.axhline(row["score"], color=look.colour, linestyle=look.dash, linewidth=1.2, zorder=1)
+    near, far = _baselines(rows, list(points.values()))
+    for row in near:
+        look = style[row["label"]]
+        axes.axhline(row["score"], color=look.colour, linestyle=look.dash, linewidth=1.2, zorder=1)
     axes.margins(x=0.16, y=0.12)
     _log_bytes(axes)
     low, high = axes.get_xlim()
@@ -242,20 +242,37 @@ def score_and_bytes(rows: Sequence[dict[str, Any]], best: Sequence[str], metric:
     lines = [(x, row["score"] - (row["score_sd"] or 0), x, row["score"] + (row["score_sd"] or 0)) for x, row in _placed(points)]
     lines += [(x, y, later, y) for (x, y), (later, _) in itertools.pairwise(edge)]
     lines += [(later, y, later, higher) for (_, y), (later, higher) in itertools.pairwise(edge)]
-    baselines = [row["score"] for row in rows if row["kind"] != "method" and row["score"] is not None]
-    lines += [(axes.get_xlim()[0], y, axes.get_xlim()[1], y) for y in baselines]
+    lines += [(axes.get_xlim()[0], row["score"], axes.get_xlim()[1], row["score"]) for row in near]
     _name_points(axes, [(x, row["score"], row["label"], style[row["label"]].colour) for x, row in _placed(points)], lines)
-    for row in rows:
-        if row["kind"] != "method" and row["score"] is not None:
-            place = (1.0, row["score"])
-            text = axes.annotate(
-                row["label"], place, (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center"
-            )
-            text.set(fontsize=8.8, color=style[row["label"]].colour)
+    for row in near:
+        place = (1.0, row["score"])
+        text = axes.annotate(
+            row["label"], place, (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center"
+        )
+        text.set(fontsize=8.8, color=style[row["label"]].colour)
+    for row in far:
+        below = row["score"] < axes.get_ylim()[0]
+        said = f"{row['label']} {words.score(row['score'])} {'↓' if below else '↑'}"
+        height, shift, stands = (0.0, 4, "bottom") if below else (1.0, -4, "top")
+        text = axes.annotate(said, (1.0, height), (4, shift), xycoords="axes fraction", textcoords="offset points", va=stands)
+        text.set(fontsize=8.8, color=style[row["label"]].colour)
     told = ", ".join(
         f"{label} {words.score(row['score'])} at {words.size(row['total_bytes'])}" for label, row in points.items()
     )
     return _svg(figure, name, f"{metric} against bytes per client, log scale: {told}. Pareto front: {', '.join(best)}.")
+
+
+Rows = list[dict[str, Any]]
+
+
+def _baselines(rows: Sequence[dict[str, Any]], points: Rows) -> tuple[Rows, Rows]:
+    """Returns the baselines that can share an axis with the methods, and those so far off that these would lie on a line."""
+    low = min(row["score"] - (row["score_sd"] or 0) for row in points)
+    high = max(row["score"] + (row["score_sd"] or 0) for row in points)
+    room = max(0.5 * (high - low), 0.02 * abs(high))
+    known = [row for row in rows if row["kind"] != "method" and row["score"] is not None]
+    near = [row for row in known if low - room <= row["score"] <= high + room]
+    return near, [row for row in known if row not in near]
 
 
 def _tall(labels: int) -> float:
