@@ -121,7 +121,7 @@ def _figures(about: dict[str, Any], told: Sequence[dict[str, Any]]) -> str:
         (
             figures.score_and_bytes(told, edge, axis, "front"),
             "Mean over seeds, bars: ± sample standard deviation. The grey line is the Pareto front: at so many bytes, no "
-            "method does better. Dashed: the baselines, which send nothing.",
+            "method does better. Dashed: the baselines, which send nothing; named at the edge where they are far off.",
         ),
         (
             figures.means_by_round(told, axis, "rounds"),
