@@ -210,7 +210,7 @@ def test_another_task_takes_the_place_of_the_runs_own():
     [
         ({"model": {"name": "x"}}, r"'model' is not for scoring a finished run"),
         ({"training": {"max_steps": 1}}, r"'training\.max_steps' is not for scoring a finished run"),
-        ({"data": {"tests": "x"}}, r"unknown key 'data\.tests'. Did you mean 'test'"),
+        ({"data": {"tests": "x"}, "task": {"kind": "choice"}}, r"unknown key 'data\.tests'. Did you mean 'test'"),
         ({"task": {}}, r"task\.kind: got 'classification' for a run of kind 'instruction'"),
         (
             {"task": {"kind": "instruction", "response": "x", "program": "x", "exact_match_rows": 1}},
@@ -265,7 +265,7 @@ def test_a_method_option_that_does_not_fit_says_got_and_allowed(options, says):
 def test_a_method_without_a_name_is_told_the_names(name):
     method = {"energy": 0.9} if name is None else {"name": name}
     assert "[method] has no name" in refused(table(method=method))
-    assert "Known: fed_sb, fedit" in refused(table(method=method))
+    assert "Known: best_rank, exact, fed_sb" in refused(table(method=method))
 
 
 @pytest.mark.parametrize("method", ["fedit", 5, [], ["fedit"], [5]])
