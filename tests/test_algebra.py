@@ -192,3 +192,14 @@ def test_the_global_random_state_is_left_alone():
     state = torch.random.get_rng_state()
     algebra.fresh_A(3, 5, seed=1)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("K", [1, 2, 10])
+@pytest.mark.parametrize("apart", [0.0, 1e-6, 0.3, 5.0])
+def test_the_error_to_the_sum_is_that_of_the_dense_matrices(K, apart):
+    generator = torch.Generator().manual_seed(K)
+    B, A = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 3), (3, 13)))
+    sent = (torch.cat([B, apart * torch.randn(9, 2, generator=generator, dtype=torch.float64)], 1), torch.cat([A, A[:2]], 0))
+    error = algebra.relative_error(sent, (B, A))
+    dense = ((sent[0] @ sent[1] - K * B @ A).norm() / (K * B @ A).norm()).item()
+    assert algebra.error_to_sum(error, sent, (B, A), K) == pytest.approx(dense, abs=1e-12)

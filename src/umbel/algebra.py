@@ -6,6 +6,7 @@ spares every caller the question of cancellation; what comes back has the dtype 
 """
 
 import hashlib
+import math
 from typing import cast
 
 import torch
@@ -167,6 +168,22 @@ def relative_error(sent: Product, ideal: Product) -> float:
     if whole == 0:
         return 0.0 if norm(B, A).item() == 0 else float("inf")
     return difference / whole
+
+
+def error_to_sum(error: float, sent: Product, ideal: Product, K: int) -> float:
+    """Returns ‖B A − K B* A*‖_F / ‖K B* A*‖_F, from the `relative_error` of the same products and two inner products.
+
+    With e that error and c = ⟨B A, B* A*⟩ / ‖B* A*‖² − 1, it is √(e² − 2 (K − 1) c + (K − 1)²) / K; no second decomposition.
+
+    >>> one = (torch.ones(3, 1), torch.ones(1, 2))
+    >>> error_to_sum(0.0, one, one, K=4)
+    0.75
+    """
+    whole = inner(*ideal, *ideal).item()
+    if K == 1 or whole == 0:
+        return error
+    c = inner(*sent, *ideal).item() / whole - 1
+    return math.sqrt(max(0.0, error**2 - 2 * (K - 1) * c + (K - 1) ** 2)) / K
 
 
 def gram_blocks(Bs: Tensor, As: Tensor) -> tuple[Tensor, Tensor]:

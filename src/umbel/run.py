@@ -188,6 +188,7 @@ def check_begun(table: dict[str, Any], folder: Path) -> None:
 def _check_members(folder: Path, members: list[Member]) -> None:
     """Refuses to go on where runs have begun with another configuration; one that failed before its first round begins anew."""
     changed: dict[str, str] = {}
+    anew: list[Path] = []
     for member in members:
         place = folder / member.folder
         if not (place / "run.toml").exists():
@@ -197,7 +198,7 @@ def _check_members(folder: Path, members: list[Member]) -> None:
             continue
         record = Record(place)
         if record.info.get("state") == "failed" and not any(line.get("phase") == "train" for line in record.lines()):
-            shutil.rmtree(place)
+            anew.append(place)
         else:
             changed[str(place)] = _change(before, member.config)
     if changed:
@@ -205,6 +206,8 @@ def _check_members(folder: Path, members: list[Member]) -> None:
             f"{', '.join(changed)} began with another configuration ({next(iter(changed.values()))}); give another folder, or "
             "delete what is to be run anew"
         )
+    for place in anew:
+        shutil.rmtree(place)
 
 
 def _change(before: Config, after: Config) -> str:

@@ -330,9 +330,9 @@ class Aggregator:
             rank[layer] = sent[0].shape[-1]
             if self._ideal is not None:
                 common = {name: x.double() for name, x in self.server.held[layer].items()}
-                B, A = method.product({**common, **self._ideal[layer].done()})
-                error[layer] = algebra.relative_error(sent, (B, A))
-                error_of_sum[layer] = algebra.relative_error(sent, (len(self.folded) * B, A))
+                ideal = method.product({**common, **self._ideal[layer].done()})
+                error[layer] = algebra.relative_error(sent, ideal)
+                error_of_sum[layer] = algebra.error_to_sum(error[layer], sent, ideal, len(self.folded))
         plain = {name: wire.rounded(x, self.server.dtype) for name, x in self._plain.done().items()}
         return Aggregated(downloads, plain, error or None, error_of_sum or None, rank, self._ranks)
 

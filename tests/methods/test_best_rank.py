@@ -5,15 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invented import D_IN, D_OUT, R, clients, mean_of_products
+from invented import D_IN, D_OUT, R, clients, fold, mean_of_products
 from umbel.method import Each, MethodError, load
 
 
 def aggregate(pairs, rows):
-    each = Each()
-    for (B, A), n in zip(pairs, rows):
-        each.add({"B": B, "A": A}, n)
-    factors = load("best_rank").combine(each.done(), {}).factors
+    factors = load("best_rank").combine(fold(Each(), pairs, rows), {}).factors
     return factors["B"], factors["A"]
 
 

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from invented import R, clients, mean_of_products
+from invented import R, clients, fold, mean_of_products
 from umbel.method import Each, MethodError, load
 
 
 def aggregate(name, pairs, rows):
-    each = Each()
-    for (B, A), n in zip(pairs, rows):
-        each.add({"B": B, "A": A}, n)
-    return load(name).combine(each.done(), {})
+    return load(name).combine(fold(Each(), pairs, rows), {})
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])

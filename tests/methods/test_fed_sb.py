@@ -3,14 +3,11 @@
 import pytest
 import torch
 
+from invented import draw
 from umbel import algebra
 from umbel.method import Mean, MethodError, Stack, load
 
 D_OUT, D_IN, R = 9, 13, 4
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 HELD = {"A": draw(R, D_IN, seed=1), "B": torch.zeros(D_OUT, R).double()}

@@ -5,14 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invented import D_IN, D_OUT, R, clients, mean_of_products
+from invented import D_IN, D_OUT, R, clients, fold, mean_of_products
 from umbel.method import Each, Mean, MethodError, load
-
-
-def fold(collector, pairs, rows):
-    for (B, A), n in zip(pairs, rows):
-        collector.add({"B": B, "A": A}, n)
-    return collector.done()
 
 
 def aggregate(pairs, rows, **options):

@@ -2,12 +2,9 @@
 
 import torch
 
+from invented import draw
 from umbel import algebra
 from umbel.method import Mean, load
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_each_factor_is_the_weighted_mean_and_the_error_is_what_the_identity_says():

@@ -2,14 +2,11 @@
 
 import torch
 
+from invented import draw
 from umbel.method import Mean, load
 
 D_OUT, D_IN, R = 9, 13, 3
 ROWS = [1.0, 2.0, 5.0]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 Bs, As = [draw(D_OUT, R, seed=k) for k in range(3)], [draw(R, D_IN, seed=9 + k) for k in range(3)]

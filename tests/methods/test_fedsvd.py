@@ -3,14 +3,11 @@
 import pytest
 import torch
 
+from invented import draw
 from umbel.method import Mean, MethodError, load
 
 D_OUT, D_IN, R = 9, 13, 3
 ROWS = [1.0, 2.0, 5.0]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def aggregate(Bs, A):

@@ -3,28 +3,12 @@
 import pytest
 import torch
 
+from invented import D_IN, D_OUT, clients, fold, mean_of_products
 from umbel.method import Stack, load
-
-D_OUT, D_IN = 9, 13
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def clients(ranks, seed=0):
-    return [(draw(D_OUT, r, seed=seed + 10 * k), draw(r, D_IN, seed=seed + 10 * k + 5)) for k, r in enumerate(ranks)]
-
-
-def mean_of_products(pairs, rows):
-    return sum(n / sum(rows) * B @ A for (B, A), n in zip(pairs, rows))
 
 
 def aggregate(pairs, rows):
-    stack = Stack()
-    for (B, A), n in zip(pairs, rows):
-        stack.add({"B": B, "A": A}, n)
-    return load("flora").combine(stack.done(), {})
+    return load("flora").combine(fold(Stack(), pairs, rows), {})
 
 
 @pytest.mark.parametrize("ranks", [(2,), (3, 3, 3), (1, 4, 2), (6, 6, 6)])

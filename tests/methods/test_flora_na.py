@@ -7,14 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from invented import draw, fold
 from umbel import algebra
 from umbel.method import Each, Mean, MethodError, Stack, load
 
 D_OUT, D_IN, R = 9, 13, 3
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def clients(U, drift, seed=0, shape=(D_OUT, D_IN)):
@@ -23,12 +20,6 @@ def clients(U, drift, seed=0, shape=(D_OUT, D_IN)):
     return [
         (B + drift * draw(shape[0], R, seed=seed + 10 + k), A + drift * draw(R, shape[1], seed=seed + 50 + k)) for k in range(U)
     ]
-
-
-def fold(collector, pairs, rows):
-    for (B, A), n in zip(pairs, rows):
-        collector.add({"B": B, "A": A}, n)
-    return collector.done()
 
 
 def aggregate(pairs, rows, **options):

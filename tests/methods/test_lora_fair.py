@@ -5,15 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invented import D_IN, R, clients, draw, mean_of_products
+from invented import D_IN, R, clients, draw, fold, mean_of_products
 from umbel.method import Each, MethodError, load
 
 
 def aggregate(pairs, rows, regularization):
-    each = Each()
-    for (B, A), n in zip(pairs, rows):
-        each.add({"B": B, "A": A}, n)
-    factors = load("lora_fair", regularization=regularization).combine(each.done(), {}).factors
+    factors = load("lora_fair", regularization=regularization).combine(fold(Each(), pairs, rows), {}).factors
     return factors["B"], factors["A"]
 
 

@@ -5,16 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from invented import draw
 from umbel import algebra
 from umbel.method import Each, Mean, Stack, load, product
 
 D_OUT, D_IN, R, K = 24, 20, 4, 5
 ROWS = [1.0, 2.0, 3.0, 10.0, 40.0]
 NOISE = 1e-7  # FLoRA-NA stops where float64 Gram blocks cannot tell better
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def scaled(seed):

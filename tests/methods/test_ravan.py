@@ -3,14 +3,11 @@
 import pytest
 import torch
 
+from invented import draw
 from umbel.method import Mean, MethodError, load, product
 
 D_OUT, D_IN, R = 17, 13, 12
 HELD = {"A": torch.randn(R, D_IN, generator=torch.Generator().manual_seed(1)), "B": torch.zeros(D_OUT, R)}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def start(held=HELD, **options):

@@ -2,13 +2,10 @@
 
 import torch
 
+from invented import draw
 from umbel.method import Mean, load
 
 D_OUT, D_IN, R = 9, 13, 3
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_b_and_a_take_turns_beginning_with_b():
