@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
 
 import tiny
 
 ATTENTION = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "intermediate.dense"]}
 LLAMA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 GPT2 = {"r": 3, "lora_alpha": 6, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+ALL_LINEAR = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
 PATTERNS = {"rank_pattern": {"layer.1.attention.self.query": 2}, "alpha_pattern": {"intermediate.dense": 5}}
 
 
@@ -58,6 +59,13 @@ def _each(base: Callable[[Path], Path], loader: Any, options: dict[str, Any], *o
     return Kind(base, loader, tuple({**options, **changes} for changes in own))
 
 
+def _twelve_layers(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=24)
+    BertModel(config).save_pretrained(str(folder))
+    return folder
+
+
 KINDS: dict[str, Kind] = {
     "linear": _all(tiny.bert, AutoModel, ATTENTION),
     "grouped queries": _all(tiny.llama, AutoModelForCausalLM, LLAMA),
@@ -75,6 +83,32 @@ KINDS: dict[str, Kind] = {
         {"rank_pattern": {r"^encoder\.layer\.0\.intermediate\.dense": 6}, "use_rslora": True},
         {"alpha_pattern": {"query": 3, "layer.0.intermediate.dense": 1.5}},
     ),
+    "layers 1 and 11 of unlike rank": _all(
+        _twelve_layers,
+        AutoModel,
+        {
+            "r": 2,
+            "lora_alpha": 9,
+            "target_modules": ["query", "value"],
+            "rank_pattern": {r"layer\.1\.attention\.self\.query": 5},
+        },
+    ),
+    "all linear layers, but for some": _each(
+        tiny.bert,
+        AutoModel,
+        ALL_LINEAR,
+        {},
+        {"exclude_modules": ["key", "output.dense"]},
+        {"target_modules": r".*\.(query|key)"},
+    ),
+    "other beginnings": _each(
+        tiny.bert,
+        AutoModel,
+        ATTENTION,
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False, "lora_dropout": 0.3},
+        {"init_lora_weights": "orthogonal"},
+    ),
     "layers that a site lacks": _each(
         tiny.bert,
         AutoModel,
@@ -91,6 +125,7 @@ KINDS: dict[str, Kind] = {
     "biases of adapted layers": _all(tiny.bert, AutoModel, ATTENTION | {"bias": "lora_only"}),
     "all biases": _all(tiny.bert, AutoModel, ATTENTION | {"bias": "all"}),
     "bfloat16": _all(tiny.llama, AutoModelForCausalLM, LLAMA, dtype=torch.bfloat16),
+    "float64": _all(tiny.gpt2, AutoModelForCausalLM, GPT2, dtype=torch.float64),
     "float16": _all(tiny.bert, AutoModel, ATTENTION, dtype=torch.float16),
     "shards": _all(tiny.bert, AutoModel, ATTENTION, shards=3),
 }

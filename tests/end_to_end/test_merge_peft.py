@@ -319,6 +319,15 @@ def test_sites_that_learned_nothing_merge_to_nothing(made: Callable[[str], Sites
         assert all(float(update.abs().max()) == 0 for update in delta(own, tmp_path / method).values())
 
 
+@pytest.mark.parametrize("kind", ["linear", "rsLoRA at one site", "embedding", "head"])
+def test_one_site_alone_comes_back(made: Callable[[str], Sites], tmp_path: Path, kind: str) -> None:
+    own = made(kind)
+    for method in ("florist", "fedit", "flora_na", "flora", "fedex_lora", "best_rank", "hetlora"):
+        umbel.merge([own.folders[1]], tmp_path / method, method=method, options=EXACT.get(method), weights=[7], dtype="float32")
+        wanted, got = (own.updates(own.weights_with(folder)) for folder in (own.folders[1], tmp_path / method))
+        assert max(apart(got[name], update) for name, update in wanted.items()) <= 2e-6, method
+
+
 def test_in_memory_gives_the_bits_that_the_folder_has(made: Callable[[str], Sites], tmp_path: Path) -> None:
     for kind in ("linear", "embedding", "head", "mixed ranks", "Conv1D"):
         own = made(kind)
