@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +67,28 @@ def _twelve_layers(folder: Path) -> Path:
     return folder
 
 
+class Tangle(nn.Module):
+    """A model of nobody's library, whose modules' names are easily taken for each other: h.1.q, h_1.q and x.h.1.q."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 16)
+        self.h = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16)}) for _ in range(2))
+        self.h_1 = nn.ModuleDict({"q": nn.Linear(16, 16)})
+        self.x = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16)}) for _ in range(2))})
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "Tangle":
+        torch.manual_seed(0)
+        return cls().to(dtype)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        y = self.embed(input_ids) * attention_mask[..., None]
+        for block in (*self.h, self.h_1, *self.x["h"]):  # type: ignore[misc]
+            y = y + torch.tanh(block["q"](y))
+        return SimpleNamespace(last_hidden_state=y)
+
+
 KINDS: dict[str, Kind] = {
     "linear": _all(tiny.bert, AutoModel, ATTENTION),
     "grouped queries": _all(tiny.llama, AutoModelForCausalLM, LLAMA),
@@ -92,6 +115,11 @@ KINDS: dict[str, Kind] = {
             "target_modules": ["query", "value"],
             "rank_pattern": {r"layer\.1\.attention\.self\.query": 5},
         },
+    ),
+    "names that look alike": _all(
+        lambda folder: folder,
+        Tangle,
+        {"r": 3, "lora_alpha": 2, "target_modules": ["q"], "rank_pattern": {r"^h\.1\.q": 5, r"^x\.h\.1\.q": 1}},
     ),
     "all linear layers, but for some": _each(
         tiny.bert,

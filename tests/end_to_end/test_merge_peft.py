@@ -212,8 +212,16 @@ def test_every_layer_is_what_the_methods_formula_gives_and_its_error_is_the_dens
     got = delta(own, tmp_path / "out")
     for layer, update in got.items():
         Bs, As = own.matrices(layer)
-        assert apart(update, formula(Bs, As)) <= 3e-6, layer
+        check_formula(update, formula(Bs, As), total(Bs, As))
         check_stated(report["layers"][layer], update, total(Bs, As))
+
+
+def check_formula(update: Tensor, wanted: Tensor, ideal: Tensor) -> None:
+    """Holds a layer against a formula's matrix, and its distance from the exact sum against that of the formula's."""
+    # Where a truncation cuts between two singular values that are close, rounding turns what is kept; it gets no worse by that.
+    cuts = int(torch.linalg.matrix_rank(wanted, rtol=1e-9)) < int(torch.linalg.matrix_rank(ideal, rtol=1e-9))
+    assert apart(update, wanted) <= (2e-5 if cuts else 2e-6)
+    assert apart(update, ideal) == pytest.approx(apart(wanted, ideal), abs=1e-6)
 
 
 def check_stated(stated: dict[str, Any], update: Tensor, ideal: Tensor) -> None:
@@ -274,7 +282,7 @@ def test_one_rank_for_all_layers_is_the_best_of_that_rank(
         have = [(p, *f[layer]) for p, f in zip(SHARES, own.factors) if layer in f]
         ideal = sum((p * B @ A for p, B, A in have), torch.zeros(()))
         whole = formula([B for _, B, _ in have], [A for _, _, A in have]) if formula else ideal
-        assert apart(update, cut(whole, rank)) <= 3e-6, layer
+        check_formula(update, cut(whole, rank), ideal)
         assert report["layers"][layer]["rank"] == rank
         check_stated(report["layers"][layer], update, ideal)
 
