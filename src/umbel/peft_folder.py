@@ -43,6 +43,12 @@ _KEYS: dict[Kind, tuple[str, str]] = {
 _TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
 
 
+def keys(layer: str, kind: Kind) -> tuple[str, str]:
+    """Returns the names of a layer's B and A in PEFT's files."""
+    B, A = _KEYS[kind]
+    return PREFIX + layer + B, PREFIX + layer + A
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One adapted weight of one adapter.
