@@ -230,7 +230,8 @@ def without_loss(B: Tensor, A: Tensor) -> Product:
     >>> [tuple(x.shape) for x in without_loss(*one)]
     [(3, 1), (1, 3)]
     """
-    if B.shape[1] <= min(B.shape[0], A.shape[1]) and all(_cholesky(gram(M)) is not None for M in (A.mT, B)):
+    work = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
+    if B.shape[1] <= min(B.shape[0], A.shape[1]) and all(_cholesky(gram(M.to(work))) is not None for M in (A.mT, B)):
         return B, A
     U, s, Vh = truncated_svd(B, A)
     return U * s, Vh
