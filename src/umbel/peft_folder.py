@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -269,7 +269,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Writer:
-    """Writes a PEFT folder a layer at a time; holds one layer in memory. A context manager, which lets go of the file.
+    """Writes a PEFT folder a layer at a time; holds one layer in memory.
 
     Flushes nothing and removes nothing: it is to be used in `umbel.record.new_folder`, which does both.
 
@@ -309,10 +309,8 @@ class Writer:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self._folder / CONFIG).write_text(text, encoding="utf-8")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def abandon(self) -> None:
+        """Lets go of the file after an error; the caller removes the folder."""
         self._file.release()
 
 
