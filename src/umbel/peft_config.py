@@ -198,17 +198,34 @@ class _Patterns:
 
     def __init__(self, patterns: Mapping[str, Any], what: str) -> None:
         self._what, self._values = what, patterns
-        self._compiled = [(key, *_compiled(key, what)) for key in patterns]
         self._deadline = time.monotonic() + _MOST_SECONDS
+        # What `pattern_for` wrote is looked up: a mixture of experts has ten thousand such keys.
+        self._exact: dict[str, int] = {}
+        self._compiled: list[tuple[int, str, re.Pattern[str], float, int]] = []
+        for place, key in enumerate(patterns):
+            name = re.sub(r"\\(.)", r"\1", key[1:])
+            if key == pattern_for(name):
+                self._exact[name] = place
+            else:
+                self._in_time(key)
+                self._compiled.append((place, key, *_compiled(key, what)))
+
+    def _in_time(self, key: str) -> None:
+        if time.monotonic() > self._deadline:
+            raise FolderError(f"{self._what}: {short(key)} and others take too long; write the layers' names out")
 
     def get(self, layer: str, default: Any) -> Any:
-        for key, pattern, choices, repeats in self._compiled:
-            if choices * (len(layer) + 1.0) ** repeats > _MOST_STEPS or time.monotonic() > self._deadline:
-                raise FolderError(
-                    f"{self._what}: {short(key)} could take for ever on {short(layer)}; write the layers' names out"
-                )
+        exact = self._exact.get(layer, len(self._values))
+        for place, key, pattern, choices, repeats in self._compiled:
+            if place > exact:
+                break
+            self._in_time(key)
+            if choices * (len(layer) + 1.0) ** repeats > _MOST_STEPS:
+                raise FolderError(f"{self._what}: {short(key)} could take for ever on {short(layer)}; write the names out")
             if pattern.match(layer):
                 return self._values[key]
+        if layer in self._exact:
+            return self._values[pattern_for(layer)]
         # PEFT looks the name itself up where nothing matches; it may be a key that, as an expression, is something else.
         return self._values.get(layer, default)
 
