@@ -21,7 +21,8 @@ from torch import Tensor
 
 from umbel import __version__, algebra, peft_folder
 from umbel.method import Collector, Each, Factors, Mean, Method, MethodError, Stack, load, names, taking_mixed_ranks
-from umbel.peft_folder import Layer, StoredAdapter
+from umbel.peft_config import PREFIX, SUFFIXES, Kind, Layer
+from umbel.peft_folder import StoredAdapter
 from umbel.record import new_folder, write_json
 from umbel.server import update
 
@@ -57,12 +58,12 @@ class _Memory:
 
     def layer(self, name: str, B: Tensor, A: Tensor) -> Factors:
         kept = {"B": B.to(self.dtype).contiguous(), "A": A.to(self.dtype).contiguous()}
-        for key, factor in zip(peft_folder.keys(name, _shape(self.adapters, name).kind), ("B", "A")):
-            self.state[key] = kept[factor]
+        for suffix, factor in zip(SUFFIXES[_shape(self.adapters, name).kind], ("B", "A")):
+            self.state[PREFIX + name + suffix] = kept[factor]
         return {factor: x if x.dtype == torch.float64 else x.float() for factor, x in kept.items()}
 
     def plain(self, name: str, x: Tensor) -> Tensor:
-        self.state[peft_folder.PREFIX + name] = kept = x.to(self.dtype)
+        self.state[PREFIX + name] = kept = x.to(self.dtype)
         return kept if kept.dtype == torch.float64 else kept.float()
 
 
@@ -108,7 +109,7 @@ def merge(
     job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
     job.seconds["reading"] += time.perf_counter() - begun
     with new_folder(target) as temporary:
-        kinds: dict[str, peft_folder.Kind] = {name: _shape(job.adapters, name).kind for name in job.layers}
+        kinds: dict[str, Kind] = {name: _shape(job.adapters, name).kind for name in job.layers}
         writer = peft_folder.Writer(temporary, kinds, job.plain, DTYPES[dtype])
         try:
             layers = job.run(writer, progress or (lambda last, done, total: None))
