@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 import adapters
 import floors
 import rivals
-import torch
 from adapters import Kind
-from torch import Tensor
-
 from umbel import algebra
 from umbel import method as methods
 from umbel.algebra import Product

@@ -64,7 +64,7 @@ def others(tables: Table) -> list[Row]:
 def commands(tables: Table) -> list[Row]:
     """The whole command, with the check of its result and without, beside reading and writing alone."""
     stages = ["reading", "computing", "checking", "writing"]
-    floors = ["read alone", "write alone", "wall / both", "stages / both"]
+    floors = ["read alone", "write alone", "wall / both", "less start"]
     rows = [["model", "clients", "method", "check", "wall, s", *stages, *floors, "bytes in", "out"]]
     for case in _cases(tables, "commands"):
         for row in case["rows"]:
@@ -74,7 +74,7 @@ def commands(tables: Table) -> list[Row]:
                 continue
             floor = case["read_seconds"] + row["write_seconds"]
             spent = [row["stages"].get(stage) for stage in stages]
-            ratios = [row["seconds"] / floor, sum(row["stages"].values()) / floor]
+            ratios = [row["seconds"] / floor, (row["seconds"] - case["start"]["seconds"]) / floor]
             alone = [case["read_seconds"], row["write_seconds"]]
             times = [*map(_seconds, [row["seconds"], *spent, *alone]), *(f"{x:.2f}" for x in ratios)]
             rows.append([*about, *times, words.size(case["bytes_in"]), words.size(row["bytes_out"])])
@@ -82,32 +82,29 @@ def commands(tables: Table) -> list[Row]:
 
 
 def memory(tables: Table) -> list[Row]:
-    """Peak memory of the whole command by the number of clients."""
-    cases = [case for case in _cases(tables, "commands") if case["model"] == _cases(tables, "commands")[0]["model"]]
-    many = [f"{case['clients']:,}" for case in cases]
-    rows = [["method", "check", *(f"{K} clients" for K in many), "1,000 / 10"]]
+    """Peak memory of the whole command by the number of clients, for the first model."""
+    cases = _first(tables)
+    rows = [["method", "check", *(f"{case['clients']:,} clients" for case in cases), "1,000 / 10"]]
     found = {(case["clients"], row["method"], row["checked"]): row.get("peak_bytes") for case in cases for row in case["rows"]}
     for method, checked in dict.fromkeys((method, checked) for _, method, checked in found):
         peaks = [found.get((case["clients"], method, checked)) for case in cases]
         few, most = (found.get((K, method, checked)) for K in (10, 1000))
         ratio = f"{most / few:.2f}" if few and most else words.MISSING
         rows.append([f"`{method}`", "yes" if checked else "no", *map(words.size, peaks), ratio])
-    start = {words.size(case["start"]["peak_bytes"]) for case in cases}
-    rows.append(
-        ["Python and torch alone", words.MISSING, *[start.pop() if start else words.MISSING] * len(cases), words.MISSING]
-    )
+    rows.append(["importing alone", words.MISSING, *(words.size(case["start"]["peak_bytes"]) for case in cases), words.MISSING])
     return rows
 
 
 def extrapolated(tables: Table) -> list[Row]:
-    """The whole command, measured, beside what others' routes would compute: one layer's time by the number of layers."""
-    rivals = ["two SVDs, τ 0.9", "two SVDs, τ 1", "Adam, dense", "FlexLoRA, dense", "PEFT svd", "PEFT cat"]
+    """The whole command, measured, beside what other routes would compute: one layer's time by the number of layers."""
+    rivals = ["two SVDs, τ 0.9", "two SVDs, τ 1", "Adam, dense", "FlexLoRA, dense", "PEFT svd", "PEFT cat", "PEFT linear"]
     rows = [["clients", "instead of umbel", "one layer × layers, s", "umbel", "whole command, s", "ratio"]]
-    kernels = {(case["clients"], case["kind"], *case["shape"]): found for case, found in _kernels(tables)}
-    for case in _cases(tables, "commands")[:]:
-        found = kernels.get((case["clients"], case["kind"], 4096, 4096), {})
+    # Cases of one shape come first, and the first model's layers have it.
+    kernels = {(case["clients"], case["kind"]): found for case, found in reversed(list(_kernels(tables)))}
+    for case in _first(tables):
+        found = kernels.get((case["clients"], case["kind"]), {})
         own = {row["method"]: row for row in case["rows"] if row["checked"] and "failed" not in row}
-        for name in rivals if case["model"] == "Llama-2-7B, q and v" else []:
+        for name in rivals:
             if name in found and found[name]["beside"] in own:
                 label, seconds = found[name]["beside"], found[name]["seconds"] * case["layers"]
                 whole = own[label]["seconds"]
@@ -134,6 +131,11 @@ def machine(tables: Table) -> str:
 
 def _cases(tables: Table, part: str) -> list[Table]:
     return tables[part]["cases"] if part in tables else []
+
+
+def _first(tables: Table) -> list[Table]:
+    cases = _cases(tables, "commands")
+    return [case for case in cases if case["model"] == cases[0]["model"]]
 
 
 def _kernels(tables: Table) -> Iterator[tuple[Table, dict[str, Table]]]:
