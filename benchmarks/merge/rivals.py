@@ -48,14 +48,14 @@ def _dense(uploads: Uploads) -> Tensor:
 class FLoRANA:
     """FLoRA-NA (arXiv 2509.26399) by Adam on ‖(Σ P_u B_u)(Σ Q_v A_v) − M‖_F² with M dense, as a reader of the paper would.
 
-    From P = Q = p. It stops when the best loss has fallen by less than `TOLERANCE` of itself in `PATIENCE` steps, at most after
-    `STEPS`; the best coefficients count.
+    From P = Q = p. Whenever `PATIENCE` steps have not lowered the best loss by `TOLERANCE` of itself, the learning rate is cut to a
+    quarter and it goes on from the best, up to `CUTS` times; then it stops, at most after `STEPS`.
     """
 
-    STEPS, PATIENCE, TOLERANCE = 1000, 20, 1e-4
+    STEPS, PATIENCE, TOLERANCE, CUTS = 1000, 10, 1e-4, 3
 
     def __init__(self, learning_rate: float = 0.1) -> None:
-        """Takes Adam's learning rate as a share of the mean coefficient 1 / K."""
+        """Takes Adam's first learning rate as a share of the mean coefficient 1 / K."""
         self.learning_rate = learning_rate
         self.steps = 0
 
@@ -65,19 +65,23 @@ class FLoRANA:
         p = torch.tensor([p for _, p in uploads])
         P, Q = (p.clone().requires_grad_() for _ in range(2))
         optimizer = torch.optim.Adam([P, Q], lr=self.learning_rate / len(uploads))
-        best, before, kept = float("inf"), float("inf"), (p, p)
-        for step in range(1, self.STEPS + 1):
+        best, before, kept, cuts = float("inf"), float("inf"), (p, p), 0
+        for self.steps in range(1, self.STEPS + 1):
             optimizer.zero_grad()
             loss = (torch.einsum("u,umr->mr", P, Bs) @ torch.einsum("v,vrn->rn", Q, As) - M).square().sum()
             loss.backward()
             if (value := loss.item()) < best:
                 best, kept = value, (P.detach().clone(), Q.detach().clone())
-            self.steps = step
-            if step % self.PATIENCE == 0:
-                if before - best < self.TOLERANCE * best:
-                    break
-                before = best
             optimizer.step()
+            if self.steps % self.PATIENCE:
+                continue
+            if before - best < self.TOLERANCE * best:
+                if cuts == self.CUTS:
+                    break
+                cuts += 1
+                P, Q = (x.clone().requires_grad_() for x in kept)
+                optimizer = torch.optim.Adam([P, Q], lr=self.learning_rate / len(uploads) / 4**cuts)
+            before = best
         return torch.einsum("u,umr->mr", kept[0], Bs), torch.einsum("v,vrn->rn", kept[1], As)
 
 
