@@ -48,8 +48,8 @@ def _dense(uploads: Uploads) -> Tensor:
 class FLoRANA:
     """FLoRA-NA (arXiv 2509.26399) by Adam on ‖(Σ P_u B_u)(Σ Q_v A_v) − M‖_F² with M dense, as a reader of the paper would.
 
-    From P = Q = p. Whenever `PATIENCE` steps have not lowered the best loss by `TOLERANCE` of itself, the learning rate is cut to a
-    quarter and it goes on from the best, up to `CUTS` times; then it stops, at most after `STEPS`.
+    From P = Q = p. Whenever `PATIENCE` steps have not lowered the best loss by `TOLERANCE` of itself, it goes on from the best
+    with a quarter of the learning rate, up to `CUTS` times; then it stops, at most after `STEPS`.
     """
 
     STEPS, PATIENCE, TOLERANCE, CUTS = 1000, 10, 1e-4, 3
@@ -66,14 +66,15 @@ class FLoRANA:
         P, Q = (p.clone().requires_grad_() for _ in range(2))
         optimizer = torch.optim.Adam([P, Q], lr=self.learning_rate / len(uploads))
         best, before, kept, cuts = float("inf"), float("inf"), (p, p), 0
-        for self.steps in range(1, self.STEPS + 1):
+        for step in range(1, self.STEPS + 1):
+            self.steps = step
             optimizer.zero_grad()
             loss = (torch.einsum("u,umr->mr", P, Bs) @ torch.einsum("v,vrn->rn", Q, As) - M).square().sum()
             loss.backward()
             if (value := loss.item()) < best:
                 best, kept = value, (P.detach().clone(), Q.detach().clone())
             optimizer.step()
-            if self.steps % self.PATIENCE:
+            if step % self.PATIENCE:
                 continue
             if before - best < self.TOLERANCE * best:
                 if cuts == self.CUTS:
