@@ -40,6 +40,24 @@ def add_products(first: Product | None, later: Product | None) -> Product | None
     return U * s.unsqueeze(-2), Vh
 
 
+def compact(B: Tensor, A: Tensor) -> Product:
+    """Returns B A without directions that carry nothing, and no wider than the matrix; zero keeps one direction.
+
+    >>> B, A = compact(torch.eye(3), torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 2.0]]))
+    >>> B.shape, A.shape
+    (torch.Size([3, 2]), torch.Size([2, 2]))
+    """
+    alive = (B != 0).any(dim=0) & (A != 0).any(dim=1)
+    if not alive.all():
+        if not alive.any():
+            alive[:1] = True
+        B, A = B[:, alive], A[alive]
+    if A.shape[0] > min(B.shape[0], A.shape[1]):
+        U, s, Vh = product_svd(B, A)
+        B, A = U * s, Vh
+    return B, A
+
+
 # torch.linalg carries no types; these say them once.
 
 
@@ -127,6 +145,185 @@ def energy_rank(s: Tensor, energy: float) -> int:
     return min(int((kept < energy * kept[-1]).sum()) + 1, s.shape[0])
 
 
+def gram(M: Tensor) -> Tensor:
+    """Returns MᵀM, R × R for M of d × R, in M's dtype. Blocks above the diagonal are copied, not multiplied.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[1., 2.],
+            [2., 5.]])
+    """
+    G = M.new_empty(M.shape[1], M.shape[1])
+    for start, end in _blocks(M.shape[1]):
+        rows = M[:, start:end].mT @ M[:, :end]
+        G[start:end, :end] = rows
+        G[:start, start:end] = rows[:, :start].mT
+    return G
+
+
+def _blocks(R: int) -> list[tuple[int, int]]:
+    """Column blocks: with four, a triangle costs 5/8 of the square and the pieces are still large."""
+    edges = [R * i // 4 for i in range(5)] if R >= 64 else [0, R]
+    return list(zip(edges, edges[1:]))
+
+
+CLEAR = {torch.float32: 1e-2, torch.float64: 1e-9}
+"""By dtype, the smallest share of a vector's square that may lie outside the span of those before it, if their Gram matrix is to
+be trusted: it is then right up to ε over this share, 1e-5 and 2e-7."""
+
+VISIBLE = {torch.float32: 1e-3, torch.float64: 1e-9}
+"""By dtype, the smallest s_p² / s_1² that an eigenvalue of a Gram matrix still tells to 1e-4 and 1e-6."""
+
+MANY = 512
+"""Rank of a stack from which leading directions are sought before all are computed."""
+
+
+def truncated_svd(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the leading part of the SVD of B A, in the cheapest way that the condition of the factors allows.
+
+    With A Aᵀ = L Lᵀ (Cholesky) L⁻¹ A has orthonormal rows, and with BᵀB = H
+
+        Lᵀ H L = V diag(s²) Vᵀ,    U = B (L V) diag(1/s),    Vh = (L⁻ᵀ V)ᵀ A,                  (1)
+
+    where only the columns of V that are kept are multiplied back. A Gram matrix squares the condition number, so (1) is done in
+    float32 where the rows of A (or else the columns of B) are far from dependent, in float64 where they are not, and by
+    `product_svd` where that does not do either (`CLEAR`, `VISIBLE`). In a large stack the leading directions are sought by block power
+    iteration first, which is soon done where few of them carry the energy.
+
+    Args:
+        B: d_out × R.
+        A: R × d_in.
+        energy: Keep the fewest values that have this share of the squares' sum, as `energy_rank`; 0 < energy ≤ 1.
+        rank: Keep the largest so many instead, or all there are; `energy` is then not looked at.
+
+    Returns:
+        (U, s, Vh): d_out × p, p descending, p × d_in, in the dtype that came in.
+
+    >>> truncated_svd(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2), energy=0.85)[1]
+    tensor([3.])
+    """
+    dtype = torch.promote_types(B.dtype, A.dtype)
+    small = min(B.shape[0], A.shape[1])
+    if B.shape[1] > small:
+        B, A = dense_product(B @ A)
+    # Squares in float32 cannot tell small values from noise, so where all are wanted they are not asked.
+    all_wanted = energy >= 1 if rank is None else rank >= B.shape[1]
+    rough = torch.finfo(dtype).bits <= 32 and not all_wanted
+    for work in (torch.float32, torch.float64) if rough else (torch.float64,):
+        found = _svd_by_gram(B.to(work), A.to(work), energy, rank)
+        if found is not None:
+            return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
+    U, s, Vh = product_svd(B, A, rank)
+    p = s.shape[0] if rank is not None else energy_rank(s, energy)
+    return U[:, :p], s[:p], Vh[:p]
+
+
+def without_loss(B: Tensor, A: Tensor) -> Product:
+    """Returns the product B A with as many directions as it has, to float32's precision where that came in, or to float64's.
+
+    Where the columns of B and the rows of A are clear of each other (`CLEAR`) no direction can go and the factors come back as
+    they are; where they are not, U diag(s) and Vh of the SVD.
+
+    >>> one = torch.ones(3, 2), torch.ones(2, 3)
+    >>> [tuple(x.shape) for x in without_loss(*one)]
+    [(3, 1), (1, 3)]
+    """
+    if B.shape[1] <= min(B.shape[0], A.shape[1]) and all(_cholesky(gram(M)) is not None for M in (A.mT, B)):
+        return B, A
+    U, s, Vh = truncated_svd(B, A)
+    return U * s, Vh
+
+
+def dense_product(M: Tensor) -> Product:
+    """Returns M as a product of rank min(d_out, d_in): (M, I) or (I, M).
+
+    >>> [tuple(x.shape) for x in dense_product(torch.ones(2, 5))]
+    [(2, 2), (2, 5)]
+    """
+    d_out, d_in = M.shape
+    return (M, torch.eye(d_in, dtype=M.dtype, device=M.device)) if d_in <= d_out else (torch.eye(d_out).to(M), M)
+
+
+def _svd_by_gram(B: Tensor, A: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(1) of `truncated_svd` in the dtype that the factors have; None where that does not do."""
+    G, H = gram(A.mT), gram(B)
+    L = _cholesky(G)
+    if L is not None:
+        return _svd_by_cholesky(B, A, L, H, energy, rank)
+    L = _cholesky(H)
+    mirrored = None if L is None else _svd_by_cholesky(A.mT, B.mT, L, G, energy, rank)
+    return None if mirrored is None else (mirrored[2].mT, mirrored[1], mirrored[0].mT)
+
+
+def _cholesky(G: Tensor) -> Tensor | None:
+    """The lower factor of a Gram matrix whose vectors are clear of each other; else None."""
+    L, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(G))  # pyright: ignore[reportUnknownMemberType]
+    clear = not failed and bool((L.diagonal().square() >= CLEAR[G.dtype] * G.diagonal()).all())
+    return L if clear else None
+
+
+def _svd_by_cholesky(
+    B: Tensor, A: Tensor, L: Tensor, H: Tensor, energy: float, rank: int | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    R = L.shape[0]
+    found = _leading(L, H, energy, rank) if R >= MANY else None
+    squares, V = found or _descending(_congruence(L, H))
+    s = squares.clamp_min(0).sqrt()
+    p = min(rank, R) if rank is not None else s.shape[0] if found else energy_rank(s, energy)
+    if not squares[p - 1] > VISIBLE[L.dtype] * squares[0]:
+        return None
+    s, V = s[:p], V[:, :p].contiguous()
+    inverse = cast(Tensor, torch.linalg.solve_triangular(L.mT, V, upper=True))  # pyright: ignore[reportUnknownMemberType]
+    return B @ (L @ V / s), s, inverse.mT @ A
+
+
+def _congruence(L: Tensor, H: Tensor) -> Tensor:
+    """Lᵀ H L on and below the diagonal, for a lower triangular L."""
+    C = torch.zeros_like(H)
+    for start, end in _blocks(H.shape[0]):
+        C[start:, start:end] = L[start:, start:].mT @ (H[start:, start:] @ L[start:, start:end])
+    return C
+
+
+def _descending(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first, and eigenvectors of the symmetric matrix whose lower triangle is C's."""
+    values, V = cast(tuple[Tensor, Tensor], torch.linalg.eigh(C))  # pyright: ignore[reportUnknownMemberType]
+    return values.flip(-1), V.flip(-1)
+
+
+def _leading(L: Tensor, H: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor] | None:
+    """The kept eigenpairs of Lᵀ H L by block power iteration; None where too many are wanted or they stand too close.
+
+    The trace is known before any eigenvalue, Σ H ∘ L Lᵀ, so that the share that was caught is known in every step.
+    """
+
+    def apply(Y: Tensor) -> Tensor:
+        return L.mT @ (H @ (L @ Y))
+
+    R = L.shape[0]
+    total = float(((H @ L) * L).sum(-1, dtype=torch.float64).sum())
+    draw = torch.Generator().manual_seed(0)
+    widths = (32, 128) if rank is None else (rank + 16,)
+    for width in widths:
+        if width > R // 8:
+            return None
+        Y, last = torch.randn(R, width, generator=draw).to(L), 0.0
+        for step in range(8):
+            Q = _qr(apply(Y))[0]
+            Y = apply(Q)
+            squares, W = _descending(Q.mT @ Y)
+            caught = squares.double().cumsum(0)
+            p = rank if rank is not None else int((caught < energy * total).sum()) + 1
+            if step and p > width:
+                break
+            now = float(caught[min(p, width) - 1])
+            if p <= width and now - last <= 1e-7 * total:
+                return squares[:p], Q @ W[:, :p]
+            last = now
+        if float(caught[-1]) < energy / 2 * total:
+            return None
+    return None
+
+
 def inner(B_1: Tensor, A_1: Tensor, B_2: Tensor, A_2: Tensor) -> Tensor:
     """Returns ⟨B_1 A_1, B_2 A_2⟩_F = Σ (B_1ᵀ B_2) ∘ (A_1 A_2ᵀ), in float64, from R_1 × R_2 blocks.
 
@@ -170,6 +367,32 @@ def relative_error(sent: Product, ideal: Product) -> float:
     return difference / whole
 
 
+def error_and_energy(sent: Product, ideal: Product) -> tuple[float, float]:
+    """Returns (‖B A − B* A*‖_F / ‖B* A*‖_F, ‖B A‖²_F / ‖B* A*‖²_F) from r × r blocks: `relative_error` at the price of two products.
+
+    The blocks are those of the Gram matrices of [B, B*] and of [A; A*] in float64, in which a difference of equal matrices leaves
+    about 1e-8. Where the factors cancel in the ideal itself, so that it would leave more than 1e-6, QR takes over.
+
+    Args:
+        sent: (B, A), d_out × R and R × d_in.
+        ideal: (B*, A*), d_out × R* and R* × d_in.
+
+    >>> one = (torch.ones(3, 1), torch.ones(1, 2))
+    >>> error_and_energy((one[0], 0.5 * one[1]), one)
+    (0.5, 0.25)
+    """
+    (B, A), (B_ideal, A_ideal) = sent, ideal
+    R = B.shape[-1]
+    blocks = gram(torch.cat([B.double(), B_ideal.double()], -1)) * gram(torch.cat([A.double(), A_ideal.double()], -2).mT)
+    size, both, whole = (float(x.sum()) for x in (blocks[:R, :R], blocks[:R, R:], blocks[R:, R:]))
+    noise = 1e-15 * float(blocks.abs().sum())
+    if whole <= 0 or noise > 1e-12 * whole:
+        whole = norm(B_ideal, A_ideal).item() ** 2
+        size = norm(B, A).item() ** 2
+        return relative_error(sent, ideal), size / whole if whole > 0 else float(size == 0) or math.inf
+    return math.sqrt(max(0.0, size - 2 * both + whole) / whole), size / whole
+
+
 def error_to_sum(error: float, sent: Product, ideal: Product, K: int) -> float:
     """Returns ‖B A − K B* A*‖_F / ‖K B* A*‖_F, from the `relative_error` of the same products and two inner products.
 
@@ -203,8 +426,15 @@ def gram_blocks(Bs: Tensor, As: Tensor) -> tuple[Tensor, Tensor]:
     >>> C_B.shape, (C_B[0, 1] * C_A[0, 1]).sum().item()
     (torch.Size([2, 2, 1, 1]), 15.0)
     """
-    B, A = Bs.double(), As.double()
-    return torch.einsum("...umr,...wms->...uwrs", B, B), torch.einsum("...vrn,...zsn->...vzrs", A, A)
+    return _pairs(Bs), _pairs(As.mT)
+
+
+def _pairs(Ms: Tensor) -> Tensor:
+    """M_uᵀ M_w for all u, w, … × U × U × r × r in float64, from … × U × d × r."""
+    U, d, r = Ms.shape[-3:]
+    rows = Ms.double().movedim(-3, -2).reshape(-1, d, U * r)
+    G = torch.stack([gram(M) for M in rows])
+    return G.view(*Ms.shape[:-3], U, r, U, r).transpose(-3, -2).contiguous()
 
 
 def gram_form(C: Tensor, D: Tensor, x: Tensor) -> Tensor:
@@ -218,7 +448,8 @@ def gram_form(C: Tensor, D: Tensor, x: Tensor) -> Tensor:
     >>> gram_form(C_B, C_A, torch.tensor([1.0, 0.0], dtype=torch.float64))[0, 0].item()
     15.0
     """
-    return torch.einsum("uwrs,rs->uw", C, torch.einsum("v,vzrs,z->rs", x, D, x))
+    fixed = torch.outer(x, x).flatten() @ D.flatten(2).flatten(0, 1)
+    return (C.flatten(2).flatten(0, 1) @ fixed).view(C.shape[:2])
 
 
 def dense_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

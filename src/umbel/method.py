@@ -137,42 +137,62 @@ class Each:
     """Keeps every upload: `done` gives `[(factors, p_k), …]` in the order of asking. Takes mixed ranks."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Factors, float]] = []
+        self.kept: list[tuple[Factors, float]] = []
 
     def add(self, factors: Factors, weight: float) -> None:
-        self._kept.append((factors, float(weight)))
+        self.kept.append((factors, float(weight)))
 
     def done(self) -> list[tuple[Factors, float]]:
-        total = sum(n for _, n in self._kept)
-        return [(factors, n / total) for factors, n in self._kept]
+        total = sum(n for _, n in self.kept)
+        return [(factors, n / total) for factors, n in self.kept]
 
 
 class Stack:
     """Keeps the stacks B = [B_1 … B_K] and A = [p_1 A_1; …; p_K A_K], whose product is Σ p_k B_k A_k exactly.
 
-    Weights enter once, on A. Takes mixed ranks.
+    Weights enter once, on A. Takes mixed ranks. Stacks wider than the matrix are added up to it on the way, and come back as
+    (Σ p_k B_k A_k, I) or (I, Σ p_k B_k A_k): never more than d_out × d_in numbers are kept, whatever the number of clients.
 
     >>> stack = Stack()
     >>> stack.add({"B": torch.ones(3, 1), "A": torch.ones(1, 2)}, 1)
-    >>> stack.add({"B": torch.ones(3, 2), "A": torch.ones(2, 2)}, 3)
+    >>> stack.add({"B": torch.ones(3, 1), "A": torch.ones(1, 2)}, 3)
     >>> stack.done()["A"]
     tensor([[0.2500, 0.2500],
-            [0.7500, 0.7500],
             [0.7500, 0.7500]])
     """
 
     def __init__(self) -> None:
         self._each = Each()
+        self._rank = 0
+        self._total = 0.0
+        self._dense: Tensor | None = None
 
     def add(self, factors: Factors, weight: float) -> None:
         self._each.add(factors, weight)
+        self._total += weight
+        self._rank += factors["A"].shape[0]
+        if self._rank > min(factors["B"].shape[0], factors["A"].shape[1]):
+            self._add_up()
+
+    def _add_up(self) -> None:
+        B, A = self._stacks(self._each.kept, 1.0)
+        B, A = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (B, A))
+        self._dense = B @ A if self._dense is None else self._dense.addmm_(B, A)
+        self._each, self._rank = Each(), 0
+
+    @staticmethod
+    def _stacks(kept: list[tuple[Factors, float]], total: float) -> tuple[Tensor, Tensor]:
+        B = torch.cat([factors["B"] for factors, _ in kept], dim=-1)
+        return B, torch.cat([n / total * factors["A"] for factors, n in kept], dim=-2)
 
     def done(self) -> Factors:
-        each = self._each.done()
-        return {
-            "B": torch.cat([factors["B"] for factors, _ in each], dim=-1),
-            "A": torch.cat([p * factors["A"] for factors, p in each], dim=-2),
-        }
+        if self._dense is None:
+            B, A = self._stacks(self._each.kept, self._total)
+        else:
+            if self._rank:
+                self._add_up()
+            B, A = algebra.dense_product(self._dense / self._total)
+        return {"B": B, "A": A}
 
 
 def stacked(layer: str, uploads: list[tuple[Factors, float]], name: str) -> Tensor:
@@ -252,6 +272,11 @@ class Method(ABC):
     def exact(self) -> bool:
         """True where the method claims ΔW = Σ p_k ΔW_k; `check_method` holds it to that."""
         return False
+
+    @property
+    def together(self) -> bool:
+        """True where layers must be combined in one call, since `combine_layers` lets them know of each other."""
+        return type(self).combine_layers is not Method.combine_layers
 
     def plan(self, rounds: int) -> Iterable["Method"]:
         """Returns the phases of a run of `rounds` training rounds; a measurement comes on top of them."""

@@ -48,6 +48,25 @@ def fresh_factors(layer: str, shape: LayerShape, seed: int) -> Factors:
     return {"A": A, "B": torch.zeros(shape.d_out, shape.rank)}
 
 
+def update(layer: str, download: Download, held: Factors) -> algebra.Product:
+    """Returns the product by which a client's weight differs from the frozen one it began the round with.
+
+    Args:
+        layer: Its name, from which a fresh adapter is drawn.
+        download: What the client takes, with the reset that the server mixed.
+        held: The factors before it.
+    """
+    if download.reset is None:
+        factors = {**held, **download.factors}
+    elif "B" not in download.factors:
+        factors = {}  # the fresh adapter's own product is zero
+    else:
+        fresh = algebra.fresh_A(*held["A"].shape, algebra.seed_of(download.reset, layer))
+        factors = {"A": fresh.to(held["A"]), **download.factors}
+    sent = algebra.add_products(download.merge, method.product(factors) if factors else None)
+    return sent if sent is not None else (0 * held["B"], held["A"])
+
+
 _UNSOUND = f"NaN, infinity or values beyond ±{LARGEST:.0e}"
 
 
@@ -326,7 +345,7 @@ class Aggregator:
         error_of_sum: dict[str, float] = {}
         rank: dict[str, int] = {}
         for layer, download in downloads.items():
-            sent = self._sent(layer, download)
+            sent = update(layer, download, self.server.held[layer])
             rank[layer] = sent[0].shape[-1]
             if self._ideal is not None:
                 common = {name: x.double() for name, x in self.server.held[layer].items()}
@@ -345,15 +364,3 @@ class Aggregator:
             merge=None if merge is None else (wire.rounded(merge[0], dtype), wire.rounded(merge[1], dtype)),
             reset=None if reset is None else algebra.seed_of(self.server.seed, self.server.round, reset),
         )
-
-    def _sent(self, layer: str, download: Download) -> tuple[Tensor, Tensor]:
-        """The product by which the clients' weights will differ from the frozen weight they started the round with."""
-        if download.reset is not None:
-            held = {**fresh_factors(layer, self.server.layers[layer], download.reset), **download.factors}
-            if "B" not in download.factors and download.merge is not None:
-                return download.merge  # the fresh adapter's own product is zero
-        else:
-            held = {**self.server.held[layer], **download.factors}
-        sent = algebra.add_products(download.merge, method.product(held))
-        assert sent is not None
-        return sent

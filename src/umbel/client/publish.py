@@ -55,7 +55,7 @@ def write(folder: Path, config: Config, path: str, result: Result) -> None:
     """
     import peft
 
-    factors = {layer: _compact(B, A) for layer, (B, A) in result.product.items()}
+    factors = {layer: algebra.compact(B, A) for layer, (B, A) in result.product.items()}
     ranks = {layer: A.shape[0] for layer, (_, A) in factors.items()}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     pattern = {layer: r for layer, r in ranks.items() if r != rank}
@@ -94,18 +94,6 @@ def write(folder: Path, config: Config, path: str, result: Result) -> None:
         about["pooling"] = config.model.pooling
         (temporary / "umbel.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(config, path, len(result.labels)), encoding="utf-8")
-
-
-def _compact(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops directions that carry nothing: a merged run's fresh adapter has B = 0 and would only add rank."""
-    alive = (B != 0).any(dim=0) & (A != 0).any(dim=1)
-    if not alive.any():
-        alive[:1] = True
-    B, A = B[:, alive], A[alive]
-    if A.shape[0] > min(B.shape[0], A.shape[1]):
-        U, s, Vh = algebra.product_svd(B, A)
-        B, A = U * s, Vh
-    return B, A
 
 
 def _card(config: Config, path: str, labels: int) -> str:

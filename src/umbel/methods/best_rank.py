@@ -25,7 +25,7 @@ class BestRank(Method):
     def combine(self, got: list[tuple[Factors, float]], held: Factors) -> Download:
         mean = mean_of(got)
         stack = torch.cat([own["B"] for own, _ in got], -1), torch.cat([p * own["A"] for own, p in got], -2)  # (1)
-        U, s, Vh = (x.double() for x in algebra.product_svd(*stack, mean["A"].shape[0]))  # (2)
+        U, s, Vh = (x.double() for x in algebra.truncated_svd(*stack, rank=mean["A"].shape[0]))  # (2)
         B, A, B_mean, A_mean = (float(x.double().square().sum()) for x in (s, Vh, mean["B"], mean["A"]))
         if B == 0:
             return Download(factors=mean)  # A stays as random as it was

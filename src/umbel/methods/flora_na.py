@@ -50,6 +50,10 @@ class FLoRANA(Method):
         if self.sweeps < 1 or self.tolerance < 0:
             raise MethodError(f"flora_na: got sweeps {self.sweeps}, tolerance {self.tolerance}, allowed: ≥ 1 and ≥ 0")
 
+    @property
+    def together(self) -> bool:
+        return self.scope == "shared"
+
     def combine(self, got: Uploads, held: Factors) -> Download:
         return self.combine_layers({"": got}, {"": held})[""]
 
@@ -66,13 +70,15 @@ class FLoRANA(Method):
         """Returns (P, Q, [L of FedIT, L after each sweep]), by (6) over the sum of `blocks`."""
         g = torch.stack([torch.einsum("w,uwrs,vwrs->uv", p, C_B, C_A) for C_B, C_A in blocks]).sum(0)  # (4)
         c = float(p @ g.diagonal())
-        P, Q, losses = p, p, [float(p @ _quadratic(blocks, p) @ p - 2 * p @ g @ p) + c]  # (5)
+        H = _quadratic(blocks, p)
+        P, Q, losses = p, p, [float(p @ H @ p - 2 * p @ g @ p) + c]  # (5)
         for _ in range(self.sweeps):
             if losses[-1] <= EXACT * c:
                 break
-            P = _half_step(blocks, Q, g @ Q, P)
-            Q = _half_step([(C_A, C_B) for C_B, C_A in blocks], P, g.mT @ P, Q)
-            losses.append(float(P @ _quadratic(blocks, Q) @ P - 2 * P @ g @ Q) + c)  # (5)
+            P = _half_step(H, g @ Q, P)
+            Q = _half_step(_quadratic([(C_A, C_B) for C_B, C_A in blocks], P), g.mT @ P, Q)
+            H = _quadratic(blocks, Q)
+            losses.append(float(P @ H @ P - 2 * P @ g @ Q) + c)  # (5)
             if losses[-2] - losses[-1] <= self.tolerance * losses[-2]:
                 break
         return (P, Q, losses) if losses[-1] < losses[0] else (p, p, losses)  # rounding must not make it worse than FedIT
@@ -82,8 +88,7 @@ def _quadratic(blocks: Blocks, fixed: Tensor) -> Tensor:
     return torch.stack([algebra.gram_form(C, D, fixed) for C, D in blocks]).sum(0)  # H of (6), or its twin for Q
 
 
-def _half_step(blocks: Blocks, fixed: Tensor, target: Tensor, last: Tensor) -> Tensor:
-    H = _quadratic(blocks, fixed)
+def _half_step(H: Tensor, target: Tensor, last: Tensor) -> Tensor:
     ridge = 1e-8 * float(H.trace()) / len(last)
     if ridge <= 0:
         return last  # the fixed side's sum is zero, so nothing depends on these coefficients
