@@ -29,12 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--part", choices=("kernels", "commands"), help="only one of the two")
     parser.add_argument("--clients", type=int, nargs="+", default=[5, 10, 50, 100, 1000])
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--repeats", type=int, help="of which the median is taken; 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=2, help="of everything that is timed")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--folder", type=Path, help="where adapters lie while it runs; the system's temporary folder otherwise")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     asked = parser.parse_args()
+    asked.repeats = asked.repeats or (1 if asked.quick else 5)
 
     import torch
 
@@ -128,10 +129,16 @@ def _print_commands(case: dict[str, Any]) -> None:
             lines.append([row["command"], row["failed"]])
             continue
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in row["stages"].items())
+        merge = row["stages"]["total"]
         floor = case["read_seconds"] + row["write_seconds"]
-        cost = [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['bytes_out'] / 1e6:.0f}"]
-        lines.append([row["command"], f"{row['seconds']:.2f}", stages, f"{row['seconds'] / floor:.2f}", *cost])
-    _print(title, ["", "seconds", "by stage", "× reading and writing", "peak MB", "MB out"], lines)
+        cost = [
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['bytes_out'] / 1e6:.0f}",
+            f"{row['rank']:g}",
+            _small(row["error_worst"]),
+        ]
+        lines.append([row["command"], f"{row['seconds']:.2f}", stages, f"{merge / floor:.2f}", *cost])
+    _print(title, ["", "seconds", "by stage", "total × floors", "peak MB", "MB out", "rank", "error"], lines)
 
 
 def _small(value: float | None) -> str:

@@ -64,20 +64,28 @@ def others(tables: Table) -> list[Row]:
 def commands(tables: Table) -> list[Row]:
     """The whole command, with the check of its result and without, beside reading and writing alone."""
     stages = ["reading", "computing", "checking", "writing"]
-    floors = ["read alone", "write alone", "wall / both", "less start"]
-    rows = [["model", "clients", "method", "check", "wall, s", *stages, *floors, "bytes in", "out"]]
+    floors = ["read alone", "write alone", "wall / both", "merge / both"]
+    rows = [
+        ["model", "clients", "method", "check", "wall, s", "merge", *stages, *floors, "in", "out", "mean rank", "worst error"]
+    ]
     for case in _cases(tables, "commands"):
         for row in case["rows"]:
             about = [case["model"], f"{case['clients']:,}", f"`{row['method']}`", "yes" if row["checked"] else "no"]
             if "failed" in row:
-                rows.append([*about, row["failed"], *[words.MISSING] * 10])
+                rows.append([*about, row["failed"], *[words.MISSING] * 13])
                 continue
             floor = case["read_seconds"] + row["write_seconds"]
             spent = [row["stages"].get(stage) for stage in stages]
-            ratios = [row["seconds"] / floor, (row["seconds"] - case["start"]["seconds"]) / floor]
+            ratios = [row["seconds"] / floor, row["stages"]["total"] / floor]
             alone = [case["read_seconds"], row["write_seconds"]]
-            times = [*map(_seconds, [row["seconds"], *spent, *alone]), *(f"{x:.2f}" for x in ratios)]
-            rows.append([*about, *times, words.size(case["bytes_in"]), words.size(row["bytes_out"])])
+            times = [*map(_seconds, [row["seconds"], row["stages"]["total"], *spent, *alone]), *(f"{x:.2f}" for x in ratios)]
+            result = [
+                words.size(case["bytes_in"]),
+                words.size(row["bytes_out"]),
+                f"{row['rank']:g}",
+                words.error(row["error_worst"]),
+            ]
+            rows.append([*about, *times, *result])
     return rows
 
 
