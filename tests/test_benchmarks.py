@@ -26,7 +26,7 @@ def load(name):
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, str(FOLDER / "bench.py"), "--quick", "--repeats", "1", "--threads", "1"]
-    subprocess.run([*command, "--part", "kernels", "--results", str(folder)], check=True, capture_output=True, text=True)
+    subprocess.run([*command, "--results", str(folder)], check=True, capture_output=True, text=True)
     return folder
 
 
@@ -71,6 +71,22 @@ def test_every_row_is_timed_and_says_beside_which_of_umbels_it_stands(cases):
         assert all(row["seconds"] > 0 and row["beside"] in rows(case) for row in case["rows"])
 
 
+def test_the_whole_command_is_timed_beside_reading_and_writing(results):
+    told = json.loads((results / "commands.json").read_text(encoding="utf-8"))
+    [case] = told["cases"]
+    found = {(row["method"], row["checked"]): row for row in case["rows"]}
+    assert found.keys() == {(method, checked) for method in ("florist τ 1", "fedit") for checked in (True, False)}
+    for row in found.values():
+        assert row["seconds"] > row["stages"]["total"] > 0
+        assert row["peak_bytes"] > case["start"]["peak_bytes"] / 2
+        assert row["write_seconds"] > 0
+    assert found["florist τ 1", True]["error_worst"] < 2e-6 < found["fedit", True]["error_worst"]
+    # Three of the five differ, so their sum has three times their rank.
+    assert (found["florist τ 1", True]["rank"], found["fedit", True]["rank"]) == (12, 4)
+    assert case["bytes_in"] > 5 * 4 * 4 * 4 * (256 + 192) > case["bytes_in"] / 2
+    assert "/" not in json.dumps(found["fedit", True]["command"])
+
+
 def test_the_page_is_made_of_the_results(results, cases):
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     page = load("pages").rendered(text, results)
@@ -78,6 +94,8 @@ def test_the_page_is_made_of_the_results(results, cases):
     lines = [line for line in page.splitlines() if line.startswith("| 256 × 192 | 5 | alike | 0.9 |")]
     assert len(lines) == 1
     assert f"| {first['two SVDs, τ 0.9']['seconds'] / first['florist τ 0.9']['seconds']:.1f} |" in lines[0]
+    assert "| 5 | two SVDs, τ 1 |" in page
+    assert "Not measured yet" not in page
 
 
 def test_invented_adapters_are_peft_folders_with_the_factors_that_are_timed_in_memory(tmp_path):

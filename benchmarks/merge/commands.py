@@ -52,7 +52,7 @@ def plan(clients: list[int]) -> list[Case]:
 
 def quick() -> list[Case]:
     """Returns one small case."""
-    return [Case(adapters.SMALL, [3], 2, methods=("florist τ 0.9", "fedit"))]
+    return [Case(adapters.SMALL, [5], 3, methods=("florist τ 1", "fedit"))]
 
 
 def measure(case: Case, folder: Path, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
