@@ -119,7 +119,7 @@ class Mean:
         self._check(factors)
         self._total += weight
         for name, mean in self._mean.items():
-            mean += (factors[name] - mean) * (weight / self._total)
+            mean.lerp_(factors[name].to(mean.dtype), weight / self._total)
 
     def _check(self, factors: Factors) -> None:
         if factors.keys() != self._mean.keys():
