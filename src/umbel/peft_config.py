@@ -27,7 +27,7 @@ _FACTORS: dict[str, tuple[str, Kind]] = {
     ".lora_embedding_A": ("A", "embedding"),
     ".lora_embedding_B": ("B", "embedding"),
 }
-SUFFIXES: dict[Kind, tuple[str, str]] = {
+_SUFFIXES: dict[Kind, tuple[str, str]] = {
     "linear": (".lora_B.weight", ".lora_A.weight"),
     "embedding": (".lora_embedding_B", ".lora_embedding_A"),
 }
@@ -65,6 +65,12 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _MOST_STEPS = 1e8
 _MOST_SECONDS = 20.0
 _MOST_REPEATS = 8
+
+
+def keys(layer: str, kind: Kind) -> tuple[str, str]:
+    """Returns the names of a layer's B and A in PEFT's files."""
+    B, A = _SUFFIXES[kind]
+    return PREFIX + layer + B, PREFIX + layer + A
 
 
 @dataclass(frozen=True, slots=True)

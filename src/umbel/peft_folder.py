@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from umbel.method import Factors
-from umbel.peft_config import MAX_CONFIG_BYTES, PREFIX, SUFFIXES, Contents, Kind, Layer, as_bytes, judge, pattern_for
+from umbel.peft_config import MAX_CONFIG_BYTES, PREFIX, Contents, Kind, Layer, as_bytes, judge, keys, pattern_for
 from umbel.safetensors_file import DTYPES, FolderError, TensorFile, TensorWriter, parse_object, read_bytes, short
 from umbel.server import LARGEST, MOST_ROWS
 
@@ -55,7 +55,7 @@ class StoredAdapter:
             FolderError: NaN, infinity or huge values, or the file is no longer what was opened.
         """
         about = self.layers[layer]
-        B, A = self._fetch([PREFIX + layer + suffix for suffix in SUFFIXES[about.kind]])
+        B, A = self._fetch(keys(layer, about.kind))
         dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
         factors = {"A": A.to(dtype), "B": B.to(dtype)}
         if about.scale != 1:
@@ -100,10 +100,10 @@ def open_folder(path: str | Path) -> StoredAdapter:
     # With one file, as almost always, no table of our own: a thousand of them would cost memory.
     where = {key: file for file in files for key in file.entries} if len(files) > 1 else None
 
-    def fetch(keys: Sequence[str]) -> list[Tensor]:
+    def fetch(wanted: Sequence[str]) -> list[Tensor]:
         if where is None:
-            return files[0].read(keys)
-        return [where[key].read([key])[0] for key in keys]
+            return files[0].read(wanted)
+        return [where[key].read([key])[0] for key in wanted]
 
     return StoredAdapter(str(path), judged, _num_examples(folder), sum(file.bytes for file in files), fetch)
 
@@ -130,7 +130,7 @@ def from_state(state: Mapping[str, Tensor], config: Any, name: str, num_examples
         raise FolderError(f"{name}: {error}") from None
     judged = _judged(data, {key: tuple(x.shape) for key, x in state.items()}, name)
     size = sum(x.numel() * x.element_size() for x in state.values())
-    return StoredAdapter(name, judged, rows, size, lambda keys: [state[key].detach().cpu() for key in keys])
+    return StoredAdapter(name, judged, rows, size, lambda wanted: [state[key].detach().cpu() for key in wanted])
 
 
 def _files(folder: Path) -> list[TensorFile]:
@@ -282,7 +282,7 @@ class Writer:
 
     def __init__(self, folder: Path, layers: Mapping[str, Kind], plain: Collection[str], dtype: torch.dtype) -> None:
         self._folder, self._layers = folder, dict(layers)
-        names = [PREFIX + name + suffix for name, kind in layers.items() for suffix in SUFFIXES[kind]]
+        names = [key for name, kind in layers.items() for key in keys(name, kind)]
         self._file = TensorWriter(folder / TENSORS, names + [PREFIX + name for name in plain], dtype)
         self.bytes = 0
 
@@ -296,7 +296,7 @@ class Writer:
             FolderError: The values leave the file's dtype.
             OSError: The disk is full, for example.
         """
-        kept = [self._file.add(PREFIX + name + s, x) for s, x in zip(SUFFIXES[self._layers[name]], (B, A), strict=True)]
+        kept = [self._file.add(key, x) for key, x in zip(keys(name, self._layers[name]), (B, A), strict=True)]
         return {"B": _wide(kept[0]), "A": _wide(kept[1])}
 
     def plain(self, name: str, x: Tensor) -> Tensor:
