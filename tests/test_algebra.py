@@ -203,3 +203,134 @@ def test_the_error_to_the_sum_is_that_of_the_dense_matrices(K, apart):
     error = algebra.relative_error(sent, (B, A))
     dense = ((sent[0] @ sent[1] - K * B @ A).norm() / (K * B @ A).norm()).item()
     assert algebra.error_to_sum(error, sent, (B, A), K) == pytest.approx(dense, abs=1e-12)
+
+
+KINDS = ("unrelated", "alike", "proportional", "one client zero", "all zero", "wide", "A common", "opposite", "steep", "heavy")
+
+
+def stacks(kind, dtype, d_out=70, d_in=90, K=6, r=4, seed=0):
+    """Invented stacks B, A of K clients, of a kind that a decomposition may find hard."""
+    B = [draw(d_out, r, seed=seed + k) for k in range(K)]
+    A = [draw(r, d_in, seed=seed + 100 + k) for k in range(K)]
+    if kind == "alike":
+        B, A = [B[0] + 0.05 * b for b in B], [A[0] + 0.05 * a for a in A]
+    if kind == "proportional":
+        B, A = [(k + 1) * B[0] for k in range(K)], [A[0] for _ in range(K)]
+    if kind in ("one client zero", "all zero"):
+        B = [b * (k > 0 and kind == "one client zero") for k, b in enumerate(B)]
+    if kind == "wide":
+        B, A = B * 6, [a + 0.1 * draw(r, d_in, seed=900 + k) for k, a in enumerate(A * 6)]
+    if kind == "A common":
+        A = [A[0] for _ in A]
+    if kind == "opposite":
+        B = [*B[:-1], -(1 + 1e-3) * B[0]]
+        A = [*A[:-1], A[0]]
+    if kind == "steep":  # condition number 1e6 in both stacks
+        slope = torch.logspace(0, -6, K).double()
+        B, A = [b * s for b, s in zip(B, slope)], [a * s for a, s in zip(A, slope.flip(0))]
+    if kind == "heavy":
+        A = [a * 1e6 ** (k == 0) for k, a in enumerate(A)]
+    return torch.cat(B, 1).to(dtype), torch.cat(A, 0).to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", [{"energy": 0.5}, {"energy": 0.9}, {"energy": 0.999}, {"energy": 1.0}, {"rank": 3}, {"rank": 24}])
+def test_truncated_svd_is_as_good_as_the_dense_one(kind, dtype, asked):
+    B, A = stacks(kind, dtype)
+    U, s, Vh = algebra.truncated_svd(B, A, **asked)
+    dense = B.double() @ A.double()
+    values = torch.linalg.svdvals(dense)
+    largest = max(float(values[0]), 1e-300)
+    p = s.shape[0]
+    assert (U.shape, Vh.shape) == ((70, p), (p, 90))
+    assert {U.dtype, s.dtype, Vh.dtype} == {dtype}
+    exact = 2e-6 if dtype == torch.float32 else 1e-9
+    if "rank" in asked:
+        assert p == min(asked["rank"], B.shape[1], 70)
+    else:
+        wanted = algebra.energy_rank(values.to(dtype), asked["energy"])
+        # Where the sum stands on the boundary to a few roundings, the next rank is as right.
+        assert p == wanted or asked["energy"] == 1
+    assert float((s.double() - values[:p]).abs().max()) <= 2e-5 * largest
+    left = float(torch.linalg.matrix_norm((U.double() * s.double()) @ Vh.double() - dense))
+    best = float(values[p:].square().sum().sqrt())
+    assert left <= best + exact * float(torch.linalg.matrix_norm(dense))
+    eye = torch.eye(p).double()
+    assert torch.allclose(U.double().mT @ U.double(), eye, atol=1e-3)
+    assert torch.allclose(Vh.double() @ Vh.double().mT, eye, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_loss_keeps_the_product_and_no_direction_that_is_not_there(kind, dtype):
+    B, A = stacks(kind, dtype)
+    B_kept, A_kept = algebra.without_loss(B, A)
+    dense = B.double() @ A.double()
+    apart = torch.linalg.matrix_norm(B_kept.double() @ A_kept.double() - dense)
+    assert float(apart) <= (2e-6 if dtype == torch.float32 else 1e-9) * float(torch.linalg.matrix_norm(dense))
+    values = torch.linalg.svdvals(dense)
+    eps = torch.finfo(dtype).eps
+    assert B_kept.shape[1] <= max(1, int((values > 0.1 * eps * values[0]).sum()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    d_out=st.integers(1, 40), d_in=st.integers(1, 40), R=st.integers(1, 60), energy=st.floats(0.01, 1), seed=st.integers(0, 99)
+)
+def test_truncated_svd_keeps_the_energy_of_any_product(d_out, d_in, R, energy, seed):
+    B, A = draw(d_out, R, seed=seed), draw(R, d_in, seed=seed + 1000)
+    U, s, Vh = algebra.truncated_svd(B, A, energy)
+    dense = B @ A
+    left = float(torch.linalg.matrix_norm((U * s) @ Vh - dense).square() / torch.linalg.matrix_norm(dense).square())
+    assert left <= 1 - energy + 1e-9
+    assert s.shape[0] <= min(d_out, d_in, R)
+
+
+def test_a_large_stack_of_few_directions_is_decomposed_by_its_leading_ones():
+    K, r = 80, 8
+    common_B, common_A = draw(700, r, seed=1), draw(r, 800, seed=2)
+    B = torch.cat([common_B + 0.3 * draw(700, r, seed=10 + k) for k in range(K)], 1).float()
+    A = torch.cat([common_A + 0.3 * draw(r, 800, seed=200 + k) for k in range(K)], 0).float()
+    assert B.shape[1] > algebra.MANY
+    values = torch.linalg.svdvals(B.double() @ A.double())
+    for energy in (0.5, 0.9):
+        _, s, _ = algebra.truncated_svd(B, A, energy)
+        assert s.shape[0] == algebra.energy_rank(values, energy) <= r
+        assert torch.allclose(s.double(), values[: s.shape[0]], rtol=1e-5)
+    assert algebra.truncated_svd(B, A, rank=5)[1].shape == (5,)
+    # Nothing of this needs many: a flat spectrum comes out right, too.
+    flat = draw(700, 640, seed=3).float(), draw(640, 800, seed=4).float()
+    values = torch.linalg.svdvals(flat[0].double() @ flat[1].double())
+    assert algebra.truncated_svd(*flat, 0.9)[1].shape[0] == algebra.energy_rank(values, 0.9)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (90, 64), (300, 130)])
+def test_gram_is_the_product_with_the_transpose(shape):
+    M = draw(*shape)
+    assert torch.allclose(algebra.gram(M), M.mT @ M, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_and_energy_are_those_of_the_dense_matrices(kind):
+    B, A = stacks(kind, torch.float32)
+    ideal = B.double() @ A.double()
+    whole = float(torch.linalg.matrix_norm(ideal))
+    for sent in [(B, A), (0.5 * B, A), (B[:, :3], A[:3]), (B + 1e-4 * draw(*B.shape, seed=5).float(), A)]:
+        error, energy = algebra.error_and_energy(sent, (B, A))
+        dense = sent[0].double() @ sent[1].double()
+        if whole == 0:
+            assert error == (0.0 if float(dense.abs().max()) == 0 else float("inf"))
+            continue
+        assert error == pytest.approx(float(torch.linalg.matrix_norm(dense - ideal)) / whole, rel=1e-4, abs=2e-7)
+        assert energy == pytest.approx(float(torch.linalg.matrix_norm(dense)) ** 2 / whole**2, rel=1e-5, abs=1e-9)
+
+
+def test_compact_drops_what_carries_nothing_and_nothing_else():
+    B, A = draw(6, 4), draw(4, 9, seed=1)
+    B[:, 1], A[2] = 0, 0
+    B_kept, A_kept = algebra.compact(B, A)
+    assert (B_kept.shape, A_kept.shape) == ((6, 2), (2, 9))
+    assert torch.allclose(B_kept @ A_kept, B @ A)
+    assert algebra.compact(0 * B, A)[0].shape == (6, 1)
+    assert algebra.compact(draw(3, 8), draw(8, 9, seed=1))[0].shape == (3, 3)

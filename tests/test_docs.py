@@ -123,15 +123,17 @@ def test_the_method_shown_to_contributors_passes_the_conformance_suite(tmp_path:
     assert all(result.holds is not False for result in check_method("shown_to_contributors.my_method"))
 
 
-def test_the_tables_of_the_results_page_are_those_of_the_result_files() -> None:
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "methods" / "pages.py")
+@pytest.mark.parametrize(("page", "benchmark", "tables"), [("results", "methods", 6), ("performance", "merge", 7)])
+def test_the_tables_of_a_page_are_those_of_the_result_files(page: str, benchmark: str, tables: int) -> None:
+    script = ROOT / "benchmarks" / benchmark / "pages.py"
+    spec = importlib.util.spec_from_file_location("pages", script)
     assert spec is not None
     assert spec.loader is not None
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert text.count("<!-- table:") >= 6
-    assert pages.rendered(text) == text, "run python benchmarks/methods/pages.py"
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table:") >= tables
+    assert pages.rendered(text) == text, f"run python {script.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)

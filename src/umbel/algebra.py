@@ -5,7 +5,10 @@ so that layers of one shape go through together. Sums and decompositions run in 
 spares every caller the question of cancellation; what comes back has the dtype that came in.
 """
 
+# pyright: reportConstantRedefinition=false
+
 import hashlib
+import itertools
 import math
 from typing import cast
 
@@ -163,12 +166,12 @@ def gram(M: Tensor) -> Tensor:
 def _blocks(R: int) -> list[tuple[int, int]]:
     """Column blocks: with four, a triangle costs 5/8 of the square and the pieces are still large."""
     edges = [R * i // 4 for i in range(5)] if R >= 64 else [0, R]
-    return list(zip(edges, edges[1:]))
+    return list(itertools.pairwise(edges))
 
 
 CLEAR = {torch.float32: 1e-2, torch.float64: 1e-9}
-"""By dtype, the smallest share of a vector's square that may lie outside the span of those before it, if their Gram matrix is to
-be trusted: it is then right up to ε over this share, 1e-5 and 2e-7."""
+"""By dtype, the smallest share of a vector's square that may lie outside the span of those before it, if their Gram matrix is
+to be trusted: it is then right up to ε over this share, 1e-5 and 2e-7."""
 
 VISIBLE = {torch.float32: 1e-3, torch.float64: 1e-9}
 """By dtype, the smallest s_p² / s_1² that an eigenvalue of a Gram matrix still tells to 1e-4 and 1e-6."""
@@ -184,10 +187,10 @@ def truncated_svd(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | None = 
 
         Lᵀ H L = V diag(s²) Vᵀ,    U = B (L V) diag(1/s),    Vh = (L⁻ᵀ V)ᵀ A,                  (1)
 
-    where only the columns of V that are kept are multiplied back. A Gram matrix squares the condition number, so (1) is done in
-    float32 where the rows of A (or else the columns of B) are far from dependent, in float64 where they are not, and by
-    `product_svd` where that does not do either (`CLEAR`, `VISIBLE`). In a large stack the leading directions are sought by block power
-    iteration first, which is soon done where few of them carry the energy.
+    where only the columns of V that are kept are multiplied back. A Gram matrix squares the condition number, so (1) is done
+    in float32 where the rows of A (or else the columns of B) are far from dependent, in float64 where they are not, and by
+    `product_svd` where that does not do either (`CLEAR`, `VISIBLE`). In a large stack the leading directions are sought by
+    block power iteration first, which is soon done where few of them carry the energy.
 
     Args:
         B: d_out × R.
@@ -227,7 +230,8 @@ def without_loss(B: Tensor, A: Tensor) -> Product:
     >>> [tuple(x.shape) for x in without_loss(*one)]
     [(3, 1), (1, 3)]
     """
-    if B.shape[1] <= min(B.shape[0], A.shape[1]) and all(_cholesky(gram(M)) is not None for M in (A.mT, B)):
+    work = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
+    if B.shape[1] <= min(B.shape[0], A.shape[1]) and all(_cholesky(gram(M.to(work))) is not None for M in (A.mT, B)):
         return B, A
     U, s, Vh = truncated_svd(B, A)
     return U * s, Vh
@@ -248,9 +252,9 @@ def _svd_by_gram(B: Tensor, A: Tensor, energy: float, rank: int | None) -> tuple
     G, H = gram(A.mT), gram(B)
     L = _cholesky(G)
     if L is not None:
-        return _svd_by_cholesky(B, A, L, H, energy, rank)
+        return _svd_by_cholesky(B, A, L, G, H, energy, rank)
     L = _cholesky(H)
-    mirrored = None if L is None else _svd_by_cholesky(A.mT, B.mT, L, G, energy, rank)
+    mirrored = None if L is None else _svd_by_cholesky(A.mT, B.mT, L, H, G, energy, rank)
     return None if mirrored is None else (mirrored[2].mT, mirrored[1], mirrored[0].mT)
 
 
@@ -262,10 +266,11 @@ def _cholesky(G: Tensor) -> Tensor | None:
 
 
 def _svd_by_cholesky(
-    B: Tensor, A: Tensor, L: Tensor, H: Tensor, energy: float, rank: int | None
+    B: Tensor, A: Tensor, L: Tensor, G: Tensor, H: Tensor, energy: float, rank: int | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     R = L.shape[0]
-    found = _leading(L, H, energy, rank) if R >= MANY else None
+    total = float((G * H).sum(-1, dtype=torch.float64).sum())  # trace of Lᵀ H L
+    found = _leading(L, H, total, energy, rank) if R >= MANY and total > 0 else None
     squares, V = found or _descending(_congruence(L, H))
     s = squares.clamp_min(0).sqrt()
     p = min(rank, R) if rank is not None else s.shape[0] if found else energy_rank(s, energy)
@@ -290,36 +295,30 @@ def _descending(C: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1), V.flip(-1)
 
 
-def _leading(L: Tensor, H: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor] | None:
+def _leading(L: Tensor, H: Tensor, total: float, energy: float, rank: int | None) -> tuple[Tensor, Tensor] | None:
     """The kept eigenpairs of Lᵀ H L by block power iteration; None where too many are wanted or they stand too close.
 
-    The trace is known before any eigenvalue, Σ H ∘ L Lᵀ, so that the share that was caught is known in every step.
+    Its trace is known before any eigenvalue, so that the share that was caught is known in every step.
     """
-
-    def apply(Y: Tensor) -> Tensor:
-        return L.mT @ (H @ (L @ Y))
-
     R = L.shape[0]
-    total = float(((H @ L) * L).sum(-1, dtype=torch.float64).sum())
     draw = torch.Generator().manual_seed(0)
-    widths = (32, 128) if rank is None else (rank + 16,)
-    for width in widths:
+    for width in (32, 128) if rank is None else (rank + 16,):
         if width > R // 8:
             return None
-        Y, last = torch.randn(R, width, generator=draw).to(L), 0.0
+        Y, last, caught = torch.randn(R, width, generator=draw).to(L), 0.0, 0.0
         for step in range(8):
-            Q = _qr(apply(Y))[0]
-            Y = apply(Q)
+            Q = _qr(L.mT @ (H @ (L @ Y)))[0]
+            Y = L.mT @ (H @ (L @ Q))
             squares, W = _descending(Q.mT @ Y)
-            caught = squares.double().cumsum(0)
-            p = rank if rank is not None else int((caught < energy * total).sum()) + 1
+            shares = squares.double().cumsum(0) / total
+            caught = float(shares[-1])
+            p = rank if rank is not None else int((shares < energy).sum()) + 1
+            if p <= width and float(shares[p - 1]) - last <= 1e-7:
+                return squares[:p], Q @ W[:, :p]
             if step and p > width:
                 break
-            now = float(caught[min(p, width) - 1])
-            if p <= width and now - last <= 1e-7 * total:
-                return squares[:p], Q @ W[:, :p]
-            last = now
-        if float(caught[-1]) < energy / 2 * total:
+            last = float(shares[min(p, width) - 1])
+        if caught < energy / 2:
             return None
     return None
 
@@ -368,10 +367,10 @@ def relative_error(sent: Product, ideal: Product) -> float:
 
 
 def error_and_energy(sent: Product, ideal: Product) -> tuple[float, float]:
-    """Returns (‖B A − B* A*‖_F / ‖B* A*‖_F, ‖B A‖²_F / ‖B* A*‖²_F) from r × r blocks: `relative_error` at the price of two products.
+    """Returns (‖B A − B* A*‖_F / ‖B* A*‖_F, ‖B A‖²_F / ‖B* A*‖²_F) from r × r blocks: `relative_error`, cheaper.
 
-    The blocks are those of the Gram matrices of [B, B*] and of [A; A*] in float64, in which a difference of equal matrices leaves
-    about 1e-8. Where the factors cancel in the ideal itself, so that it would leave more than 1e-6, QR takes over.
+    The blocks are those of the Gram matrices of [B, B*] and of [A; A*] in float64, in which a difference of equal matrices
+    leaves about 1e-8. Where the factors cancel in the ideal itself, so that it would leave more than 1e-6, QR takes over.
 
     Args:
         sent: (B, A), d_out × R and R × d_in.

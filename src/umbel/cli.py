@@ -21,6 +21,9 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file.")]
 
+WRONG_INPUT = ("ConfigError", "FolderError", "MergeError", "MethodError", "RecordError", "ReportError")
+"""Exceptions of ours that the user can do something about."""
+
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: the user's input is wrong; the run failed; Ctrl-C."""
 
@@ -96,6 +99,61 @@ def compare(
             raise typer.Exit(FAILED)
 
 
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="PEFT folders (adapter_config.json, adapter_model.safetensors).")],
+    out: Annotated[Path | None, typer.Option(help="The merged PEFT folder; an older merge there is replaced.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How; florist with energy=1, which is exact, if not given. See `umbel methods`.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, e.g. energy=0.99.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="One for each folder; num_examples of each umbel.json if not given, else equal."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Write this rank in every layer, for servers that want one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written tensors: float32, bfloat16, float16 or float64.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Take different base models or revisions all the same.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare what was written with the exact weighted mean of the updates.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Merge finished adapters into one, right for mixed ranks and scales; needs no base model and no GPU."""
+    with _errors():
+        from umbel import config, merging, report
+
+        _find_own_modules()
+        options: dict[str, Any] = {}
+        for assignment in assignments or []:
+            options = config.override(options, assignment)
+        given = None if weights is None else _numbers("--weights", weights)
+        asked: dict[str, Any] = {"method": method, "options": options, "weights": given, "rank": rank, "dtype": dtype}
+        asked |= {"force": force, "check": check}
+        if dry_run:
+            told = merging.plan(folders, **asked)
+            table = report.plan_table(told)
+        elif out is None:
+            raise config.ConfigError("give --out FOLDER, or --dry-run to see what would happen")
+        else:
+            try:
+                with _bar(as_json, "merging {task.description}") as progress:
+                    told = merging.merge(folders, out, progress=progress, **asked)
+            except KeyboardInterrupt:
+                typer.echo("Stopped. Nothing was written.", err=True)
+                raise typer.Exit(INTERRUPTED) from None
+            table = report.merged_table(told)
+        if as_json:
+            typer.echo(json.dumps(told))
+            return
+        _console().print(table)
+        if not dry_run:
+            typer.echo(f"Adapter: {out}   every layer's numbers: {out}/merge.json")
+
+
 @app.command(name="report")
 def report_command(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `umbel run` made.")],
@@ -135,7 +193,7 @@ def eval_command(
             if file.stem in tables:
                 raise config.ConfigError(f"--config: two files are called {file.stem!r}, which names their scores; rename one")
             tables[file.stem] = config.read(file, assignments)
-        with _scoring(as_json) as progress:
+        with _bar(as_json, "scoring {task.description}") as progress:
             if files:
                 scores = running.evaluate_on(folder, tables, out, progress)
             else:
@@ -204,7 +262,7 @@ def _errors() -> Iterator[None]:
         module = type(error).__module__
         if not module.startswith("umbel.") and not isinstance(error, OSError):
             raise
-        wrong_input = kind in ("ConfigError", "MethodError", "RecordError", "ReportError") or isinstance(error, OSError)
+        wrong_input = kind in WRONG_INPUT or isinstance(error, OSError)
         typer.echo(f"umbel: {error}", err=True)
         raise typer.Exit(BAD_INPUT if wrong_input else FAILED) from None
 
@@ -301,19 +359,28 @@ class _Drawing:
         self.progress.update(self.run, description=text, completed=done, total=total)
 
 
+def _numbers(flag: str, text: str) -> list[float]:
+    from umbel.config import ConfigError
+
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} takes numbers with commas between them, as 1200,800,400; got {text!r}") from None
+
+
 @contextlib.contextmanager
-def _scoring(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields what draws a bar on stderr while rows are scored."""
+def _bar(quiet: bool, text: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what draws a bar on stderr: called with what was done last, how many are done, and of how many."""
     if quiet:
-        yield lambda task, done, total: None
+        yield lambda what, done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("scoring {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(text), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=None)
-        yield lambda task, done, total: progress.update(bar, description=task, completed=done, total=total)
+        yield lambda what, done, total: progress.update(bar, description=what, completed=done, total=total)
 
 
 def _task_table(scores: dict[str, dict[str, Any]]) -> Any:

@@ -7,6 +7,8 @@ All factors are in units of ΔW: the scale α/r is already multiplied into B (in
 ΔW = B A (or B R A) holds literally. A is r × d_in and B is d_out × r, whatever the layer class stores.
 """
 
+# pyright: reportConstantRedefinition=false
+
 import dataclasses
 import difflib
 import importlib
@@ -117,7 +119,7 @@ class Mean:
         self._check(factors)
         self._total += weight
         for name, mean in self._mean.items():
-            mean += (factors[name] - mean) * (weight / self._total)
+            mean.lerp_(factors[name].to(mean.dtype), weight / self._total)
 
     def _check(self, factors: Factors) -> None:
         if factors.keys() != self._mean.keys():
@@ -166,6 +168,7 @@ class Stack:
         self._rank = 0
         self._total = 0.0
         self._dense: Tensor | None = None
+        self._dtype = torch.float32
 
     def add(self, factors: Factors, weight: float) -> None:
         self._each.add(factors, weight)
@@ -176,6 +179,8 @@ class Stack:
 
     def _add_up(self) -> None:
         B, A = self._stacks(self._each.kept, 1.0)
+        self._dtype = torch.promote_types(B.dtype, A.dtype)
+        # At least float32, so that a sum of many bfloat16 uploads does not stand still.
         B, A = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (B, A))
         self._dense = B @ A if self._dense is None else self._dense.addmm_(B, A)
         self._each, self._rank = Each(), 0
@@ -191,7 +196,7 @@ class Stack:
         else:
             if self._rank:
                 self._add_up()
-            B, A = algebra.dense_product(self._dense / self._total)
+            B, A = algebra.dense_product((self._dense / self._total).to(self._dtype))
         return {"B": B, "A": A}
 
 

@@ -1,19 +1,38 @@
-"""What an adapter_config.json says, judged: is every layer s·B·A, and with which s and rank. PEFT's own rules, without PEFT.
+"""An adapter_config.json and tensor names, judged: is every layer s·B·A, with which s and rank? PEFT's rules, without PEFT.
 
 Configurations from outside are hostile: patterns are regular expressions, and one that could run for ever is refused.
 """
 
+import functools
 import importlib
 import json
 import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
 
 from umbel.safetensors_file import FolderError, parse_object, short
 
 MAX_CONFIG_BYTES = 10_000_000
+PREFIX = "base_model.model."
+
+Kind = Literal["linear", "embedding"]
+
+_FACTORS: dict[str, tuple[str, Kind]] = {
+    ".lora_A.weight": ("A", "linear"),
+    ".lora_B.weight": ("B", "linear"),
+    ".lora_embedding_A": ("A", "embedding"),
+    ".lora_embedding_B": ("B", "embedding"),
+}
+_SUFFIXES: dict[Kind, tuple[str, str]] = {
+    "linear": (".lora_B.weight", ".lora_A.weight"),
+    "embedding": (".lora_embedding_B", ".lora_embedding_A"),
+}
+# PEFT saves a resized vocabulary's tables beside the adapter, trained or not.
+_TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
 
 _OTHER_KINDS = {
     "use_dora": "DoRA, which rescales the whole weight",
@@ -45,17 +64,47 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 _MOST_STEPS = 1e8
 _MOST_SECONDS = 20.0
+_MOST_REPEATS = 8
 
 
-def load(data: bytes) -> dict[str, Any]:
-    """Returns the configuration in the bytes of an adapter_config.json, checked.
+def keys(layer: str, kind: Kind) -> tuple[str, str]:
+    """Returns the names of a layer's B and A in PEFT's files."""
+    B, A = _SUFFIXES[kind]
+    return PREFIX + layer + B, PREFIX + layer + A
 
-    Raises:
-        FolderError: Not sound, or not plain LoRA.
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One adapted weight of one adapter.
+
+    Args:
+        d_out: Rows of B; of an embedding, the length of a token's vector.
+        d_in: Columns of A; of an embedding, the number of tokens. ΔW is then (B A)ᵀ as PEFT stores the table.
+        rank: r.
+        scale: s in ΔW = s·B·A.
+        kind: Of PEFT's layer.
     """
-    config = parse_object(data, "adapter_config.json")
-    check(config)
-    return config
+
+    d_out: int
+    d_in: int
+    rank: int
+    scale: float
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter holds; adapters that are alike share one, so it is not to be changed.
+
+    Args:
+        config: adapter_config.json, checked.
+        layers: By PEFT's name of the module, without "base_model.model.".
+        plain: Shapes of what is not a factor (modules_to_save, biases), by name in the file without "base_model.model.".
+    """
+
+    config: Mapping[str, Any]
+    layers: Mapping[str, Layer]
+    plain: Mapping[str, tuple[int, ...]]
 
 
 def as_bytes(config: Any) -> bytes:
@@ -155,17 +204,34 @@ class _Patterns:
 
     def __init__(self, patterns: Mapping[str, Any], what: str) -> None:
         self._what, self._values = what, patterns
-        self._compiled = [(key, *_compiled(key, what)) for key in patterns]
         self._deadline = time.monotonic() + _MOST_SECONDS
+        # What `pattern_for` wrote is looked up: a mixture of experts has ten thousand such keys.
+        self._exact: dict[str, int] = {}
+        self._compiled: list[tuple[int, str, re.Pattern[str], float, int]] = []
+        for place, key in enumerate(patterns):
+            name = re.sub(r"\\(.)", r"\1", key[1:])
+            if key == pattern_for(name):
+                self._exact[name] = place
+            else:
+                self._in_time(key)
+                self._compiled.append((place, key, *_compiled(key, what)))
+
+    def _in_time(self, key: str) -> None:
+        if time.monotonic() > self._deadline:
+            raise FolderError(f"{self._what}: {short(key)} and others take too long; write the layers' names out")
 
     def get(self, layer: str, default: Any) -> Any:
-        for key, pattern, choices, repeats in self._compiled:
-            if choices * (len(layer) + 1.0) ** repeats > _MOST_STEPS or time.monotonic() > self._deadline:
-                raise FolderError(
-                    f"{self._what}: {short(key)} could take for ever on {short(layer)}; write the layers' names out"
-                )
+        exact = self._exact.get(layer, len(self._values))
+        for place, key, pattern, choices, repeats in self._compiled:
+            if place > exact:
+                break
+            self._in_time(key)
+            if choices * (len(layer) + 1.0) ** repeats > _MOST_STEPS:
+                raise FolderError(f"{self._what}: {short(key)} could take for ever on {short(layer)}; write the names out")
             if pattern.match(layer):
                 return self._values[key]
+        if layer in self._exact:
+            return self._values[pattern_for(layer)]
         # PEFT looks the name itself up where nothing matches; it may be a key that, as an expression, is something else.
         return self._values.get(layer, default)
 
@@ -177,6 +243,8 @@ def _compiled(key: str, what: str) -> tuple[re.Pattern[str], float, int]:
         if len(key) > 1000:
             raise ValueError("longer than 1000 characters")
         choices, repeats = _steps(importlib.import_module("re._parser").parse(text))
+        if repeats > _MOST_REPEATS:
+            raise ValueError(f"{repeats} repeats")
         return re.compile(text), choices, repeats
     except (ValueError, OverflowError, RecursionError, re.error) as error:
         raise FolderError(f"{what}: {short(key)} is refused ({error}); write the layers' names out") from None
@@ -220,3 +288,83 @@ def pattern_for(layer: str) -> str:
     """
     # PEFT puts (.*\.)? before and $ after; the anchor keeps longer names that end alike out.
     return "^" + re.escape(layer)
+
+
+@functools.lru_cache(maxsize=64)
+def judge(data: bytes, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Contents:
+    """Returns what an adapter holds; adapters that are alike share one answer, so that a thousand cost little.
+
+    Args:
+        data: adapter_config.json.
+        shapes: Each tensor's key and shape.
+
+    Raises:
+        FolderError: Not plain LoRA, or the tensors do not fit each other or the configuration.
+    """
+    config = parse_object(data, "adapter_config.json")
+    check(config)
+    factors: dict[tuple[str, Kind], dict[str, tuple[int, ...]]] = {}
+    others: dict[str, tuple[int, ...]] = {}
+    for key, shape in shapes:
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            raise FolderError(
+                f"tensor {short(key)} does not begin with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
+            )
+        suffix = next((s for s in _FACTORS if name.endswith(s)), None)
+        if suffix is None:
+            others[name] = shape
+        else:
+            factor, kind = _FACTORS[suffix]
+            factors.setdefault((name.removesuffix(suffix), kind), {})[factor] = shape
+    if not factors:
+        raise FolderError("holds no LoRA factors (lora_A, lora_B); wanted an adapter as PEFT's save_pretrained writes it")
+    found: dict[str, tuple[int, int, int, Kind]] = {
+        name: (*_sound_pair(name, pair), kind) for (name, kind), pair in factors.items()
+    }
+    if len(found) < len(factors):
+        raise FolderError("a layer has factors of a linear layer and of an embedding; PEFT writes one kind for each layer")
+    factor_of = scales(config, {name: rank for name, (_, _, rank, _) in found.items()})
+    layers = {name: Layer(d_out, d_in, rank, factor_of[name], kind) for name, (d_out, d_in, rank, kind) in found.items()}
+    for name in others:
+        _explained(name, config, layers)
+    return Contents(config, MappingProxyType(layers), MappingProxyType(others))
+
+
+def _sound_pair(name: str, pair: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
+    """Returns (d_out, d_in, rank) of a layer's factors."""
+    if set(pair) != {"A", "B"}:
+        raise FolderError(f"layer {short(name)} has lora_{min(pair)} alone; A and B are needed")
+    A, B = pair["A"], pair["B"]
+    if max(len(A), len(B)) > 2:
+        raise FolderError(f"layer {short(name)} has factors {A} and {B}, of a convolution or stacked experts; not merged here")
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+        raise FolderError(f"layer {short(name)} has A {A} and B {B}; wanted r × d_in and d_out × r")
+    if "base_layer" in name.split(".") or not name:
+        raise FolderError(f"layer {short(name)} lies inside another adapter (MultiheadAttention); not merged here")
+    return B[0], A[1], A[0]
+
+
+def _explained(name: str, config: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
+    """Raises FolderError for a tensor that is neither a module saved whole, nor a bias, nor a vocabulary's table."""
+    parts = name.split(".")
+    if any(part.startswith("lora_magnitude") for part in parts):
+        raise FolderError(f"tensor {short(name)}: DoRA, which rescales the whole weight; leave this folder out")
+    if name.endswith(".lora_B.bias"):
+        raise FolderError(f"tensor {short(name)}: LoRA with a bias in B, which is not s·B·A; leave this folder out")
+    if any(part.startswith(("lora_", "trainable_tokens", "token_adapter")) for part in parts):
+        raise FolderError(f"tensor {short(name)}: no part of a plain LoRA adapter; leave this folder out")
+    owners = [".".join(parts[:i]) for i in range(1, len(parts))]
+    # The end of a name, with no dot before it: that is how PEFT looks for modules_to_save.
+    if any(owner.endswith(saved) for saved in config.get("modules_to_save") or () for owner in owners):
+        return
+    if parts[-1] == "bias" and config.get("bias", "none") != "none":
+        return
+    table = ".".join(parts[:-1]).removesuffix(".base_layer")
+    of_embedding = table in layers and layers[table].kind == "embedding"
+    if parts[-1] == "weight" and (of_embedding or table.rpartition(".")[2] in _TABLES):
+        return
+    raise FolderError(
+        f"tensor {short(name)} is neither a factor nor named by modules_to_save or bias in adapter_config.json; "
+        "leave this folder out, or save it again with PEFT"
+    )

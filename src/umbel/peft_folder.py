@@ -3,78 +3,25 @@
 Outside this file factors are in units of ΔW (the scale multiplied into B), A is r × d_in and B is d_out × r, as everywhere.
 """
 
-import functools
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from umbel import peft_config
 from umbel.method import Factors
+from umbel.peft_config import MAX_CONFIG_BYTES, PREFIX, Contents, Kind, Layer, as_bytes, judge, keys, pattern_for
 from umbel.safetensors_file import DTYPES, FolderError, TensorFile, TensorWriter, parse_object, read_bytes, short
 from umbel.server import LARGEST, MOST_ROWS
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
-PREFIX = "base_model.model."
 MAX_INDEX_BYTES = 100_000_000
-
-Kind = Literal["linear", "embedding"]
-
-_SUFFIXES: dict[str, tuple[str, Kind]] = {
-    ".lora_A.weight": ("A", "linear"),
-    ".lora_B.weight": ("B", "linear"),
-    ".lora_embedding_A": ("A", "embedding"),
-    ".lora_embedding_B": ("B", "embedding"),
-}
-_KEYS: dict[Kind, tuple[str, str]] = {
-    "linear": (".lora_B.weight", ".lora_A.weight"),
-    "embedding": (".lora_embedding_B", ".lora_embedding_A"),
-}
-# PEFT saves a resized vocabulary's tables beside the adapter, trained or not.
-_TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One adapted weight of one adapter.
-
-    Args:
-        d_out: Rows of B; of an embedding, the length of a token's vector.
-        d_in: Columns of A; of an embedding, the number of tokens. ΔW is then (B A)ᵀ as PEFT stores the table.
-        rank: r.
-        scale: s in ΔW = s·B·A.
-        kind: Of PEFT's layer.
-    """
-
-    d_out: int
-    d_in: int
-    rank: int
-    scale: float
-    kind: Kind
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What an adapter holds; adapters that are alike share one, so it is not to be changed.
-
-    Args:
-        config: adapter_config.json, checked.
-        layers: By PEFT's name of the module, without "base_model.model.".
-        plain: Shapes of what is not a factor (modules_to_save, biases), by name in the file without "base_model.model.".
-    """
-
-    config: Mapping[str, Any]
-    layers: Mapping[str, Layer]
-    plain: Mapping[str, tuple[int, ...]]
 
 
 class StoredAdapter:
@@ -108,7 +55,7 @@ class StoredAdapter:
             FolderError: NaN, infinity or huge values, or the file is no longer what was opened.
         """
         about = self.layers[layer]
-        B, A = self._fetch([PREFIX + layer + suffix for suffix in _KEYS[about.kind]])
+        B, A = self._fetch(keys(layer, about.kind))
         dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
         factors = {"A": A.to(dtype), "B": B.to(dtype)}
         if about.scale != 1:
@@ -144,19 +91,19 @@ def open_folder(path: str | Path) -> StoredAdapter:
         FolderError: Not a PEFT folder, broken, hostile, or not plain LoRA.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FolderError(f"{folder}: no such folder; give folders with {CONFIG} and {TENSORS}")
-    data = read_bytes(folder, CONFIG, peft_config.MAX_CONFIG_BYTES)
+    data = read_bytes(folder, CONFIG, MAX_CONFIG_BYTES)
     files = _files(folder)
     shapes = {key: entry.shape for file in files for key, entry in file.entries.items()}
     judged = _judged(data, shapes, str(folder))
     # With one file, as almost always, no table of our own: a thousand of them would cost memory.
     where = {key: file for file in files for key in file.entries} if len(files) > 1 else None
 
-    def fetch(keys: Sequence[str]) -> list[Tensor]:
+    def fetch(wanted: Sequence[str]) -> list[Tensor]:
         if where is None:
-            return files[0].read(keys)
-        return [where[key].read([key])[0] for key in keys]
+            return files[0].read(wanted)
+        return [where[key].read([key])[0] for key in wanted]
 
     return StoredAdapter(str(path), judged, _num_examples(folder), sum(file.bytes for file in files), fetch)
 
@@ -178,12 +125,12 @@ def from_state(state: Mapping[str, Tensor], config: Any, name: str, num_examples
             raise FolderError(f"{name}: {short(key)} is {tuple(x.shape)} of {x.dtype}; allowed: not empty, {', '.join(DTYPES)}")
     rows = None if num_examples is None else _sound_rows(num_examples, name)
     try:
-        data = peft_config.as_bytes(config)
+        data = as_bytes(config)
     except FolderError as error:
         raise FolderError(f"{name}: {error}") from None
     judged = _judged(data, {key: tuple(x.shape) for key, x in state.items()}, name)
     size = sum(x.numel() * x.element_size() for x in state.values())
-    return StoredAdapter(name, judged, rows, size, lambda keys: [state[key].detach().cpu() for key in keys])
+    return StoredAdapter(name, judged, rows, size, lambda wanted: [state[key].detach().cpu() for key in wanted])
 
 
 def _files(folder: Path) -> list[TensorFile]:
@@ -193,13 +140,12 @@ def _files(folder: Path) -> list[TensorFile]:
     if single:
         return [TensorFile(folder, TENSORS)]
     if not index:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
-        if (folder / "adapter_model.bin").exists():
+        if os.path.lexists(folder / "adapter_model.bin"):
             raise FolderError(
                 f"{folder}: has adapter_model.bin only, a pickle file, which may run code when opened; convert it where you "
                 "trust it: PEFT's from_pretrained, then save_pretrained"
             )
-        raise FolderError(f"{folder}: has no {TENSORS}; found: {short(found)}")
+        raise FolderError(f"{folder}: has neither {TENSORS} nor {INDEX}; give a folder as PEFT's save_pretrained writes it")
     table = parse_object(read_bytes(folder, INDEX, MAX_INDEX_BYTES), str(folder / INDEX)).get("weight_map")
     if type(table) is not dict or not table or not all(type(name) is str for name in table.values()):
         raise FolderError(f"{folder / INDEX}: weight_map is {short(table)}; wanted tensor names with file names")
@@ -217,7 +163,7 @@ def _files(folder: Path) -> list[TensorFile]:
 def _num_examples(folder: Path) -> int | None:
     if not os.path.lexists(folder / "umbel.json"):
         return None
-    about = parse_object(read_bytes(folder, "umbel.json", peft_config.MAX_CONFIG_BYTES), str(folder / "umbel.json"))
+    about = parse_object(read_bytes(folder, "umbel.json", MAX_CONFIG_BYTES), str(folder / "umbel.json"))
     rows = about.get("num_examples")
     return None if rows is None else _sound_rows(rows, str(folder / "umbel.json"))
 
@@ -230,81 +176,11 @@ def _sound_rows(rows: Any, what: str) -> int:
 
 def _judged(config: bytes, shapes: Mapping[str, tuple[int, ...]], what: str) -> Contents:
     # Sites mostly send the same configuration and the same shapes, and then share one answer.
-    judge = _judge if len(config) + 100 * len(shapes) < 2**20 else _judge.__wrapped__
+    judge_it = judge if len(config) + 100 * len(shapes) < 2**20 else judge.__wrapped__
     try:
-        return judge(config, tuple(shapes.items()))
+        return judge_it(config, tuple(shapes.items()))
     except FolderError as error:
         raise FolderError(f"{what}: {error}") from None
-
-
-@functools.lru_cache(maxsize=64)
-def _judge(data: bytes, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Contents:
-    config = peft_config.load(data)
-    factors: dict[tuple[str, Kind], dict[str, tuple[int, ...]]] = {}
-    others: dict[str, tuple[int, ...]] = {}
-    for key, shape in shapes:
-        name = key.removeprefix(PREFIX)
-        if name == key:
-            raise FolderError(
-                f"tensor {short(key)} does not begin with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
-            )
-        suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
-        if suffix is None:
-            others[name] = shape
-        else:
-            factor, kind = _SUFFIXES[suffix]
-            factors.setdefault((name.removesuffix(suffix), kind), {})[factor] = shape
-    if not factors:
-        raise FolderError("holds no LoRA factors (lora_A, lora_B); wanted an adapter as PEFT's save_pretrained writes it")
-    found: dict[str, tuple[int, int, int, Kind]] = {
-        name: (*_sound_pair(name, pair), kind) for (name, kind), pair in factors.items()
-    }
-    if len(found) < len(factors):
-        raise FolderError("a layer has factors of a linear layer and of an embedding; PEFT writes one kind for each layer")
-    scales = peft_config.scales(config, {name: rank for name, (_, _, rank, _) in found.items()})
-    layers = {name: Layer(d_out, d_in, rank, scales[name], kind) for name, (d_out, d_in, rank, kind) in found.items()}
-    for name in others:
-        _explained(name, config, layers)
-    return Contents(config, MappingProxyType(layers), MappingProxyType(others))
-
-
-def _sound_pair(name: str, pair: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
-    """Returns (d_out, d_in, rank) of a layer's factors."""
-    if set(pair) != {"A", "B"}:
-        raise FolderError(f"layer {short(name)} has lora_{min(pair)} alone; A and B are needed")
-    A, B = pair["A"], pair["B"]
-    if max(len(A), len(B)) > 2:
-        raise FolderError(f"layer {short(name)} has factors {A} and {B}, of a convolution or stacked experts; not merged here")
-    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-        raise FolderError(f"layer {short(name)} has A {A} and B {B}; wanted r × d_in and d_out × r")
-    if "base_layer" in name.split(".") or not name:
-        raise FolderError(f"layer {short(name)} lies inside another adapter (MultiheadAttention); not merged here")
-    return B[0], A[1], A[0]
-
-
-def _explained(name: str, config: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
-    """Raises FolderError for a tensor that is neither a module saved whole, nor a bias, nor a vocabulary's table."""
-    parts = name.split(".")
-    if any(part.startswith("lora_magnitude") for part in parts):
-        raise FolderError(f"tensor {short(name)}: DoRA, which rescales the whole weight; leave this folder out")
-    if name.endswith(".lora_B.bias"):
-        raise FolderError(f"tensor {short(name)}: LoRA with a bias in B, which is not s·B·A; leave this folder out")
-    if any(part.startswith(("lora_", "trainable_tokens", "token_adapter")) for part in parts):
-        raise FolderError(f"tensor {short(name)}: no part of a plain LoRA adapter; leave this folder out")
-    owners = [".".join(parts[:i]) for i in range(1, len(parts))]
-    # The end of a name, with no dot before it: that is how PEFT looks for modules_to_save.
-    if any(owner.endswith(saved) for saved in config.get("modules_to_save") or () for owner in owners):
-        return
-    if parts[-1] == "bias" and config.get("bias", "none") != "none":
-        return
-    table = ".".join(parts[:-1]).removesuffix(".base_layer")
-    of_embedding = table in layers and layers[table].kind == "embedding"
-    if parts[-1] == "weight" and (of_embedding or table.rpartition(".")[2] in _TABLES):
-        return
-    raise FolderError(
-        f"tensor {short(name)} is neither a factor nor named by modules_to_save or bias in adapter_config.json; "
-        "leave this folder out, or save it again with PEFT"
-    )
 
 
 def check_together(adapters: Sequence[StoredAdapter], force: bool) -> list[str]:
@@ -334,7 +210,7 @@ def check_together(adapters: Sequence[StoredAdapter], force: bool) -> list[str]:
     for adapter in adapters:
         absent = [name for name in owners if name not in adapter.plain]
         if absent:
-            text = f"{adapter.name}: does not have {_some(absent)}, which others do"
+            text = f"{adapter.name}: has no {_some(absent)}, which others have"
             if not force:
                 raise FolderError(f"{text}; a mean over all needs it from all, --force takes the mean over those that have it")
             notes.append(f"{text}; taken as the mean over those that have it")
@@ -395,7 +271,7 @@ def _some(names: Sequence[str]) -> str:
 class Writer:
     """Writes a PEFT folder a layer at a time; holds one layer in memory.
 
-    Flushes nothing and cleans up nothing: it is to be used in `umbel.record.new_folder`, which does both.
+    Flushes nothing and removes nothing: it is to be used in `umbel.record.new_folder`, which does both.
 
     Args:
         folder: Exists; usually a temporary one.
@@ -406,7 +282,7 @@ class Writer:
 
     def __init__(self, folder: Path, layers: Mapping[str, Kind], plain: Collection[str], dtype: torch.dtype) -> None:
         self._folder, self._layers = folder, dict(layers)
-        names = [PREFIX + name + suffix for name, kind in layers.items() for suffix in _KEYS[kind]]
+        names = [key for name, kind in layers.items() for key in keys(name, kind)]
         self._file = TensorWriter(folder / TENSORS, names + [PREFIX + name for name in plain], dtype)
         self.bytes = 0
 
@@ -420,7 +296,7 @@ class Writer:
             FolderError: The values leave the file's dtype.
             OSError: The disk is full, for example.
         """
-        kept = [self._file.add(PREFIX + name + s, x) for s, x in zip(_KEYS[self._layers[name]], (B, A), strict=True)]
+        kept = [self._file.add(key, x) for key, x in zip(keys(name, self._layers[name]), (B, A), strict=True)]
         return {"B": _wide(kept[0]), "A": _wide(kept[1])}
 
     def plain(self, name: str, x: Tensor) -> Tensor:
@@ -429,13 +305,13 @@ class Writer:
 
     def close(self, config: Mapping[str, Any]) -> None:
         """Ends the file and writes adapter_config.json beside it; `bytes` then is the size of the tensors' file."""
-        self.bytes = self._file.close()
+        self.bytes = self._file.finish()
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self._folder / CONFIG).write_text(text, encoding="utf-8")
 
     def abandon(self) -> None:
-        """Lets go of the file after an error."""
-        self._file.abandon()
+        """Lets go of the file after an error; the caller removes the folder."""
+        self._file.release()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -452,7 +328,7 @@ def stock_config(adapters: Sequence[StoredAdapter], layers: Mapping[str, int], p
     """
     configs = [adapter.config for adapter in adapters]
     rank = Counter(layers.values()).most_common(1)[0][0]
-    pattern = {peft_config.pattern_for(name): r for name, r in sorted(layers.items()) if r != rank}
+    pattern = {pattern_for(name): r for name, r in sorted(layers.items()) if r != rank}
     biases = {config.get("bias") or "none" for config in configs}
     saved = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
     return {

@@ -58,17 +58,21 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _open(folder: Path, name: str) -> int:
-    """Opens a regular file that lies in this folder, links followed, and returns its descriptor.
-
-    Raises:
-        FolderError: It cannot be opened, is no regular file, or lies elsewhere.
-    """
+def _inside(folder: Path, name: str) -> str:
+    """Returns the real path of a file of a folder; raises FolderError for a link that leads out of it."""
     path = folder / name
     try:
         home, real = os.path.realpath(folder), os.path.realpath(path, strict=True)
-        if os.path.dirname(real) != home and not real.startswith(home + os.sep):
-            raise FolderError(f"{path}: a link out of its folder, to {short(real)}; copy the folder with its files (cp -rL)")
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be read ({error.strerror}); give a whole PEFT folder") from None
+    if not real.startswith(home.rstrip(os.sep) + os.sep):
+        raise FolderError(f"{path}: a link out of its folder, to {short(real)}; copy the folder with its files (cp -rL)")
+    return real
+
+
+def _open(real: str, path: Path) -> int:
+    """Opens a regular file and returns its descriptor; raises FolderError, which names `path`."""
+    try:
         # Not blocking, because opening a named pipe would wait for a writer for ever.
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -97,7 +101,7 @@ def read_bytes(folder: Path, name: str, most: int) -> bytes:
     Raises:
         FolderError: It cannot be read, or has more than `most` bytes.
     """
-    descriptor = _open(folder, name)
+    descriptor = _open(_inside(folder, name), folder / name)
     try:
         size = os.fstat(descriptor).st_size
         if size > most:
@@ -146,7 +150,7 @@ def _entry(name: str, value: Any, size: int) -> tuple[Entry, int]:
     for numbers in (shape, offsets):
         if type(numbers) is not list or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError(f"{short(name)} has {short(numbers)} for shape or data_offsets")
-    if not 1 <= len(shape) <= _MOST_AXES or 0 in shape:
+    if len(shape) > _MOST_AXES or 0 in shape:
         raise ValueError(f"{short(name)} has shape {short(shape)}, an empty or partial tensor (DeepSpeed ZeRO-3 not gathered?)")
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
         raise ValueError(f"{short(name)} lies at {short(offsets)}, the file has {size} bytes of data")
@@ -199,9 +203,9 @@ class TensorFile:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        path = folder / name
-        descriptor = _open(folder, name)
+        self._path = path = folder / name
+        self._real = _inside(folder, name)
+        descriptor = _open(self._real, path)
         try:
             self._identity = _identity(descriptor)
             self.bytes = os.fstat(descriptor).st_size
@@ -232,12 +236,11 @@ class TensorFile:
         Raises:
             FolderError: The file has changed since it was opened, or cannot be read.
         """
-        path = self._folder / self._name
-        descriptor = _open(self._folder, self._name)
+        descriptor = _open(self._real, self._path)
         try:
             if _identity(descriptor) != self._identity:
-                raise FolderError(f"{path}: was changed while it was being read; run again when nobody writes to it")
-            return [_read(descriptor, self.entries[name], path) for name in names]
+                raise FolderError(f"{self._path}: was changed while it was being read; run again when nobody writes to it")
+            return [_read(descriptor, self.entries[name], self._path) for name in names]
         finally:
             os.close(descriptor)
 
@@ -302,15 +305,15 @@ class TensorWriter:
         self._end += entry.bytes
         return _read(self._descriptor, entry, self._path)
 
-    def close(self) -> int:
+    def finish(self) -> int:
         """Writes the header and returns the file's size in bytes."""
         header = json.dumps(self._table, separators=(",", ":")).encode()
         _write(self._descriptor, 0, memoryview(struct.pack("<Q", self._room) + header.ljust(self._room)))
-        self.abandon()
+        self.release()
         return 8 + self._room + self._end
 
-    def abandon(self) -> None:
-        """Lets go of the file, finished or not; the caller removes it."""
+    def release(self) -> None:
+        """Lets go of the file, finished or not."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -61,7 +61,8 @@ def update(layer: str, download: Download, held: Factors) -> algebra.Product:
     elif "B" not in download.factors:
         factors = {}  # the fresh adapter's own product is zero
     else:
-        fresh = algebra.fresh_A(*held["A"].shape, algebra.seed_of(download.reset, layer))
+        r, d_in = held["A"].shape
+        fresh = algebra.fresh_A(r, d_in, algebra.seed_of(download.reset, layer))
         factors = {"A": fresh.to(held["A"]), **download.factors}
     sent = algebra.add_products(download.merge, method.product(factors) if factors else None)
     return sent if sent is not None else (0 * held["B"], held["A"])

@@ -8,8 +8,8 @@
     P ← (H + ρ I)⁻¹ (g Q + ρ P),  H_uw = Σ_vz G_uvwz Q_v Q_z,  ρ = 1e-8 tr(H) / U            (6)    and so for Q
 
 (1) and (2) are the paper's, with p_u for its 1/U. It does not say how (2) is solved, from where, or whether layers share
-coefficients: (3) to (6) are ours, alternating least squares from P = Q = p (FedIT). Each half-step is damped towards the
-last value, so that L never rises. G has U⁴ numbers and is not formed; H comes from the blocks.
+coefficients: (3) to (6) are ours, alternating least squares from P = Q = p (FedIT), each half-step damped towards the last
+value so that L never rises. G has U⁴ numbers and is not formed; H comes from the blocks.
 """
 
 # pyright: reportConstantRedefinition=false

@@ -9,6 +9,7 @@ from umbel.report.closing import as_json, rows
 from umbel.report.comparison import comparison_json, comparison_table, rank_notes, read_comparison
 from umbel.report.comparison_page import write_comparison
 from umbel.report.jobs import Job, ReportError, Run, read_job
+from umbel.report.merged import merged_table, plan_table
 from umbel.report.page import write_html
 from umbel.report.terminal import by_round, table
 
@@ -20,6 +21,8 @@ __all__ = [
     "by_round",
     "comparison_json",
     "comparison_table",
+    "merged_table",
+    "plan_table",
     "rank_notes",
     "read_comparison",
     "read_job",

@@ -1,0 +1,536 @@
+"""Finished adapters to one adapter, a layer at a time, by the methods' own collectors and `combine`; no base model, no GPU.
+
+What a method would send to its clients comes out as a stock PEFT folder: factors as they are, and a product that it would
+add to the frozen weight as extra rank beside them. The result is read back and compared with the exact Σ p_k ΔW_k.
+"""
+
+import collections
+import queue
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from umbel import __version__, algebra, peft_folder
+from umbel.method import Collector, Each, Factors, Mean, Method, MethodError, Stack, load, names, taking_mixed_ranks
+from umbel.peft_config import PREFIX, SUFFIXES, Kind, Layer
+from umbel.peft_folder import StoredAdapter
+from umbel.record import new_folder, write_json
+from umbel.server import update
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+STAGES = ("reading", "computing", "checking", "writing")
+
+AHEAD = 32 * 2**20
+"""Bytes of uploads that are read before they are asked for."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what was done last, layers done, layers in all."""
+
+
+class MergeError(ValueError):
+    """What was given cannot be merged; says what is wrong, where, what is allowed and what to do."""
+
+
+class Sink(Protocol):
+    """Where merged tensors go; each returns what is really kept, at least in float32."""
+
+    def layer(self, name: str, B: Tensor, A: Tensor) -> Factors: ...
+    def plain(self, name: str, x: Tensor) -> Tensor: ...
+
+
+@dataclass
+class _Memory:
+    """A sink that keeps PEFT's state dict."""
+
+    adapters: Sequence[StoredAdapter]
+    dtype: torch.dtype
+    state: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def layer(self, name: str, B: Tensor, A: Tensor) -> Factors:
+        kept = {"B": B.to(self.dtype).contiguous(), "A": A.to(self.dtype).contiguous()}
+        for suffix, factor in zip(SUFFIXES[_shape(self.adapters, name).kind], ("B", "A")):
+            self.state[PREFIX + name + suffix] = kept[factor]
+        return {factor: x if x.dtype == torch.float64 else x.float() for factor, x in kept.items()}
+
+    def plain(self, name: str, x: Tensor) -> Tensor:
+        self.state[PREFIX + name] = kept = x.to(self.dtype)
+        return kept if kept.dtype == torch.float64 else kept.float()
+
+
+def merge(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+    force: bool = False,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merges PEFT folders into one PEFT folder, which appears whole or not at all.
+
+    Args:
+        paths: Folders as PEFT's save_pretrained writes them.
+        out: The new folder; an older merge there is replaced, anything else is left alone and refused.
+        method: One that works from uploads alone; florist with energy = 1, which is exact, if not given.
+        options: The method's.
+        weights: n_k > 0 of each folder; `num_examples` of each folder's umbel.json if not given, else equal.
+        rank: Write every layer with this rank: the best approximation, padded with zeros where it has less.
+        dtype: Of the file.
+        force: Take adapters of base models that differ in name or revision.
+        check: Compare what was written with the exact Σ p_k ΔW_k.
+        progress: Called after each layer.
+
+    Returns:
+        What merge.json holds: per layer error, rank, energy; weights, notes, bytes, seconds.
+
+    Raises:
+        FolderError: A folder is broken, hostile or not plain LoRA, or they do not fit.
+        MergeError: The options do not fit.
+        MethodError: The method, its options, or ranks that it does not take.
+        OSError: The disk is full, for example.
+    """
+    begun = time.perf_counter()
+    target = Path(out)
+    _check_free(target, paths)
+    job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
+    job.seconds["reading"] += time.perf_counter() - begun
+    with new_folder(target) as temporary:
+        kinds: dict[str, Kind] = {name: _shape(job.adapters, name).kind for name in job.layers}
+        writer = peft_folder.Writer(temporary, kinds, job.plain, DTYPES[dtype])
+        try:
+            layers = job.run(writer, progress or (lambda last, done, total: None))
+            with job.timed("writing"):
+                writer.close(job.config(layers))
+        finally:
+            writer.abandon()
+        report = job.report(layers, bytes_out=writer.bytes)
+        flushed = time.perf_counter()
+        if job.weights_from != "equal":
+            about = {"umbel": __version__, "method": job.label, "num_examples": round(sum(job.weights)) or 1}
+            write_json(temporary / "umbel.json", about)
+        (temporary / "README.md").write_text(_card(job, report), encoding="utf-8")
+        report["seconds"]["writing"] += time.perf_counter() - flushed
+        report["seconds"]["total"] = time.perf_counter() - begun
+        write_json(temporary / "merge.json", report)
+    report["seconds"]["total"] = time.perf_counter() - begun
+    return report
+
+
+def aggregate(
+    states: Sequence[Mapping[str, Tensor]],
+    configs: Sequence[Any],
+    *,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+    force: bool = False,
+    check: bool = True,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Merges adapters in memory, by the same rules as `merge`.
+
+    Args:
+        states: Of each client, what PEFT's `get_peft_model_state_dict` returns.
+        configs: Of each client, its LoraConfig or the dictionary in its adapter_config.json.
+        method, options, weights, rank, dtype, force, check: As in `merge`.
+
+    Returns:
+        (state, config, report): for `set_peft_model_state_dict`, for `LoraConfig(**config)`, and as `merge` returns.
+    """
+    if len(states) != len(configs):
+        raise MergeError(f"got {len(states)} states and {len(configs)} configs; one config for each state")
+    adapters = [peft_folder.from_state(s, c, f"client {k}") for k, (s, c) in enumerate(zip(states, configs))]
+    job = _job(adapters, method, options, weights, rank, dtype, force, check)
+    sink = _Memory(adapters, DTYPES[dtype])
+    layers = job.run(sink, lambda last, done, total: None)
+    size = sum(x.numel() * x.element_size() for x in sink.state.values())
+    return sink.state, job.config(layers), job.report(layers, bytes_out=size)
+
+
+def plan(
+    paths: Sequence[str | Path],
+    *,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+    force: bool = False,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Says what `merge` would do: one layer of each shape is merged in memory, and its cost taken for all of that shape.
+
+    Returns:
+        method, clients, weights, notes; layers by shape with their ranks; and foretold bytes_out, memory_bytes and seconds.
+    """
+    job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
+    like: dict[tuple[Any, ...], list[str]] = collections.defaultdict(list)
+    for name in job.layers:
+        shape = _shape(job.adapters, name)
+        ranks = tuple(a.layers[name].rank if name in a.layers else 0 for a in job.adapters)
+        like[shape.d_out, shape.d_in, shape.kind, ranks].append(name)
+    rows: list[dict[str, Any]] = []
+    seconds, bytes_out, most = 0.0, 0, 0
+    for (d_out, d_in, _, ranks), alike in like.items():
+        sample = alike if job.method.together else alike[:1]
+        begun = time.perf_counter()
+        found = job.run(_Memory(job.adapters, DTYPES[dtype]), lambda last, done, total: None, sample)
+        times = len(alike) / len(sample)
+        seconds += times * (time.perf_counter() - begun)
+        rank_out = max(found[name]["rank"] for name in sample)
+        bytes_out += len(alike) * rank_out * (d_out + d_in) * DTYPES[dtype].itemsize
+        stack = min(sum(ranks), min(d_out, d_in)) * (d_out + d_in)
+        kept = sum(ranks) * (d_out + d_in) if job.method.collect is Each else stack
+        most = max(most, 4 * (kept if job.method.collect is not Mean or check else max(ranks) * (d_out + d_in)))
+        own = [r for r in ranks if r]
+        rows.append(
+            {"layers": len(alike), "d_out": d_out, "d_in": d_in, "ranks_in": [min(own), max(own)], "rank": rank_out}
+            | {key: found[sample[0]][key] for key in ("error", "energy")}
+            | {"example": alike[0]}
+        )
+    return {
+        **job.about(),
+        "layers": rows,
+        "bytes_in": sum(adapter.bytes for adapter in job.adapters),
+        "bytes_out": bytes_out,
+        # The process as it stands, what is read ahead, and a layer's stack with its copies in float64.
+        "memory_bytes": _peak_bytes() + AHEAD + 6 * most * (len(job.layers) if job.method.together else 1),
+        "seconds": seconds,
+    }
+
+
+def usable() -> list[str]:
+    """Returns the names of umbel's methods that work from finished adapters alone."""
+    return [name for name in names() if _refusal(load(name)) is None]
+
+
+@dataclass
+class _Job:
+    """One merge: what goes in, by which method, and what was measured."""
+
+    adapters: Sequence[StoredAdapter]
+    method: Method
+    label: str
+    options: Mapping[str, Any]
+    weights: Sequence[float]
+    weights_from: Literal["given", "num_examples", "equal"]
+    rank: int | None
+    dtype: str
+    check: bool
+    notes: list[str]
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all layers that some client has, in the order of the first that has them."""
+        return _layers(self.adapters)
+
+    @property
+    def plain(self) -> list[str]:
+        return list(dict.fromkeys(name for adapter in self.adapters for name in adapter.plain))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begun
+
+    def run(self, sink: Sink, progress: Progress, only: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Merges layers and then parameters that are not factors; returns per layer what was measured."""
+        layers = list(only or self.layers)
+        groups = [layers] if self.method.together else [[name] for name in layers]
+        owners = {name: [k for k, adapter in enumerate(self.adapters) if name in adapter.layers] for name in layers}
+        found: dict[str, dict[str, Any]] = {}
+        with _ahead(self.adapters, [(k, name) for name in layers for k in owners[name]], self.seconds) as uploads:
+            for group in groups:
+                found |= self._merge(group, owners, uploads, sink)
+                progress(group[-1], len(found), len(layers))
+        for name in [] if only else self.plain:
+            self._mean(name, sink)
+        return found
+
+    def _merge(
+        self, group: Sequence[str], owners: Mapping[str, list[int]], uploads: Iterator[Factors], sink: Sink
+    ) -> dict[str, dict[str, Any]]:
+        got: dict[str, Any] = {}
+        held: dict[str, Factors] = {}
+        ideal: dict[str, Factors] = {}
+        for name in group:
+            collector = self.method.collect()
+            exact = Stack() if self.check and self.method.collect is not Stack else None
+            for k in owners[name]:
+                factors = next(uploads)
+                with self.timed("computing"):
+                    self._add(collector, factors, k, name)
+                if exact is not None:
+                    with self.timed("checking"):
+                        exact.add(factors, self.weights[k])
+            with self.timed("computing"):
+                got[name] = collector.done()
+                # Before the uploads there is nothing: ΔW = 0, at the rank of the largest.
+                shape = _shape(self.adapters, name)
+                r = max(self.adapters[k].layers[name].rank for k in owners[name])
+                held[name] = {"A": torch.zeros(r, shape.d_in), "B": torch.zeros(shape.d_out, r)}
+            if self.check:
+                with self.timed("checking"):
+                    ideal[name] = got[name] if exact is None else exact.done()
+        with self.timed("computing"):
+            downloads = self.method.combine_layers(got, held)
+        found: dict[str, dict[str, Any]] = {}
+        for name, download in downloads.items():
+            with self.timed("computing"):
+                B, A = self._fitted(algebra.compact(*update(name, download, held[name])))
+                share = sum(self.weights[k] for k in owners[name]) / sum(self.weights)
+                if len(owners[name]) < len(self.adapters):
+                    B = B * share  # who lacks the layer has ΔW = 0 there
+            with self.timed("writing"):
+                kept = sink.layer(name, B, A)
+            found[name] = {"error": None, "rank": B.shape[1], "energy": None}
+            if self.check:
+                with self.timed("checking"):
+                    ideal_B = ideal[name]["B"] if len(owners[name]) == len(self.adapters) else ideal[name]["B"] * share
+                    error, energy = algebra.error_and_energy((kept["B"], kept["A"]), (ideal_B, ideal[name]["A"]))
+                    found[name] |= {"error": error, "energy": energy}
+            if len(owners[name]) < len(self.adapters):
+                found[name]["clients"] = len(owners[name])
+        return found
+
+    def _add(self, collector: Collector, factors: Factors, k: int, name: str) -> None:
+        try:
+            collector.add(factors, self.weights[k])
+        except MethodError as error:
+            raise MethodError(f"layer {name!r}: {self.adapters[k].name} {error}") from None
+
+    def _fitted(self, merged: algebra.Product) -> algebra.Product:
+        """The product at the rank that was asked for."""
+        B, A = merged
+        if self.rank is None or B.shape[1] == self.rank:
+            return merged
+        if B.shape[1] > self.rank:
+            U, s, Vh = algebra.truncated_svd(B, A, rank=self.rank)
+            B, A = U * s, Vh
+        missing = self.rank - B.shape[1]
+        return torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+
+    def _mean(self, name: str, sink: Sink) -> None:
+        mean = Mean()
+        for k, adapter in enumerate(self.adapters):
+            if name in adapter.plain:
+                with self.timed("reading"):
+                    x = adapter.read_plain(name)
+                with self.timed("computing"):
+                    mean.add({name: x}, self.weights[k])
+        with self.timed("writing"):
+            sink.plain(name, mean.done()[name])
+
+    def config(self, layers: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        return peft_folder.stock_config(self.adapters, {name: own["rank"] for name, own in layers.items()}, self.plain)
+
+    def about(self) -> dict[str, Any]:
+        total = sum(self.weights)
+        return {
+            "umbel": __version__,
+            "method": {"name": self.label, **self.options},
+            "clients": [
+                {"path": adapter.name, "weight": weight, "share": weight / total}
+                for adapter, weight in zip(self.adapters, self.weights)
+            ],
+            "weights_from": self.weights_from,
+            "notes": self.notes,
+        }
+
+    def report(self, layers: Mapping[str, dict[str, Any]], bytes_out: int) -> dict[str, Any]:
+        return {
+            **self.about(),
+            "layers": dict(layers),
+            "plain": self.plain,
+            "dtype": self.dtype,
+            "bytes_in": sum(adapter.bytes for adapter in self.adapters),
+            "bytes_out": bytes_out,
+            "peak_memory_bytes": _peak_bytes(),
+            # Reading goes on beside the rest, in a thread of its own, so that the parts add up to more than the whole.
+            "seconds": {**self.seconds, "total": 0.0},
+        }
+
+
+def _job(
+    adapters: Sequence[StoredAdapter],
+    name: str | None,
+    options: Mapping[str, Any] | None,
+    weights: Sequence[float] | None,
+    rank: int | None,
+    dtype: str,
+    force: bool,
+    check: bool,
+) -> _Job:
+    if not adapters:
+        raise MergeError("no adapters; give the folders to merge")
+    if name is None and options:
+        raise MergeError(f"options {', '.join(options)} without a method; name it, e.g. florist")
+    name, own = name or "florist", dict(options or {}) if name else {"energy": 1.0, "adopt": "merge"}
+    chosen = load(name, **own)
+    refusal = _refusal(chosen)
+    if refusal is not None:
+        raise MergeError(f"method {name!r} {refusal}. From finished adapters work: {', '.join(usable())}")
+    if dtype not in DTYPES:
+        raise MergeError(f"dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
+    if rank is not None and rank < 1:
+        raise MergeError(f"rank: got {rank}, allowed: 1 or more")
+    notes = peft_folder.check_together(adapters, force)
+    if not chosen.mixed_ranks:
+        _check_one_rank(name, adapters)
+    if chosen.together and any(len(adapter.layers) < len(_layers(adapters)) for adapter in adapters):
+        raise MergeError(
+            f"{name} with {_said(own)} combines all layers at once and needs all of them in every folder; {notes[-1]}"
+        )
+    numbers, weights_from = _weights(adapters, weights, notes)
+    return _Job(adapters, chosen, name, own, numbers, weights_from, rank, dtype, check, notes)
+
+
+def _refusal(chosen: Method) -> str | None:
+    """Why a method cannot work from finished adapters, or None where it can."""
+    if chosen.keeps:
+        return f"leaves {', '.join(chosen.keeps)} with each client, so that there is no common adapter"
+    if set(chosen.sends) == {"B"}:
+        return "averages B on an A that all clients must share; where all folders have the same A, fedit gives the same"
+    if set(chosen.sends) != {"A", "B"}:
+        return f"averages {', '.join(chosen.sends)}, which a PEFT folder does not hold"
+    if list(chosen.plan(1)) != [chosen]:
+        return "trains something else in each round, which a folder does not say"
+    return None
+
+
+def _check_one_rank(name: str, adapters: Sequence[StoredAdapter]) -> None:
+    first: dict[str, StoredAdapter] = {}
+    for adapter in adapters:
+        for layer, own in adapter.layers.items():
+            other = first.setdefault(layer, adapter)
+            if other.layers[layer].rank != own.rank:
+                raise MethodError(
+                    f"layer {layer!r}: rank {other.layers[layer].rank} in {other.name}, {own.rank} in {adapter.name}. "
+                    f"{name} needs one rank; {taking_mixed_ranks()}"
+                )
+
+
+def _weights(
+    adapters: Sequence[StoredAdapter], given: Sequence[float] | None, notes: list[str]
+) -> tuple[list[float], Literal["given", "num_examples", "equal"]]:
+    if given is not None:
+        if len(given) != len(adapters):
+            raise MergeError(f"weights: got {len(given)}, allowed: {len(adapters)}, one for each folder")
+        for weight, adapter in zip(given, adapters):
+            if not 0 < weight <= 1e12:
+                raise MergeError(
+                    f"weights: got {weight} for {adapter.name}, allowed: above 0, at most 1e12; leave out who counts 0"
+                )
+        return [float(weight) for weight in given], "given"
+    known = [adapter.num_examples for adapter in adapters]
+    rows = [float(n) for n in known if n is not None]
+    if len(rows) == len(known):
+        return rows, "num_examples"
+    if rows:
+        lacking = [adapter.name for adapter, n in zip(adapters, known) if n is None]
+        notes.append(f"no umbel.json with num_examples in {', '.join(lacking[:3])}; all weigh the same")
+    return [1.0] * len(adapters), "equal"
+
+
+def _layers(adapters: Sequence[StoredAdapter]) -> list[str]:
+    return list(dict.fromkeys(name for adapter in adapters for name in adapter.layers))
+
+
+def _said(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {value!r}" for key, value in options.items()) or "its defaults"
+
+
+def _shape(adapters: Sequence[StoredAdapter], name: str) -> Layer:
+    return next(adapter.layers[name] for adapter in adapters if name in adapter.layers)
+
+
+def _check_free(out: Path, paths: Sequence[str | Path]) -> None:
+    if any(out.resolve() == Path(path).resolve() for path in paths):
+        raise MergeError(f"{out} is one of the folders to merge; give another --out")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "merge.json").is_file()))):
+        raise MergeError(f"{out} is there already and is no earlier merge; give another --out, or remove it")
+
+
+@contextmanager
+def _ahead(
+    adapters: Sequence[StoredAdapter], wanted: Sequence[tuple[int, str]], seconds: dict[str, float]
+) -> Iterator[Iterator[Factors]]:
+    """Yields the factors of (client, layer) pairs in order, read by a thread of its own, a little ahead."""
+    shapes = {adapters[k].layers[name] for k, name in wanted}
+    size = 4 * max(shape.rank * (shape.d_in + shape.d_out) for shape in shapes)
+    ready: queue.Queue[Factors | Exception] = queue.Queue(maxsize=max(2, AHEAD // size))
+    stopped = threading.Event()
+
+    def put(item: Factors | Exception) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for k, name in wanted:
+                begun = time.perf_counter()
+                factors = adapters[k].read(name)
+                seconds["reading"] += time.perf_counter() - begun
+                if not put(factors):
+                    return
+        except Exception as error:
+            put(error)
+
+    def take() -> Iterator[Factors]:
+        for _ in wanted:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    reader = threading.Thread(target=read, name="umbel-reader", daemon=True)
+    reader.start()
+    try:
+        yield take()
+    finally:
+        stopped.set()
+        reader.join()
+
+
+def _peak_bytes() -> int:
+    """Returns the largest memory this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _card(job: _Job, report: Mapping[str, Any]) -> str:
+    base = job.config({name: {"rank": 1} for name in job.layers})["base_model_name_or_path"]
+    errors = [own["error"] for own in report["layers"].values() if own["error"] is not None]
+    said = f" Largest distance of a layer from the exact weighted mean: {max(errors):.2g} of its norm." if errors else ""
+    return (
+        "---\n"
+        + (f"base_model: {base!r}\n" if base else "")
+        + "library_name: peft\ntags: [lora, merged]\n---\n\n"
+        + f"# LoRA adapter merged from {len(job.adapters)} adapters ({job.label})\n\nMade by umbel {__version__}.{said} "
+        + "merge.json has every layer's. Load it with plain PEFT:\n\n```python\nfrom peft import PeftModel\n"
+        + "model = PeftModel.from_pretrained(base_model, '.')\n```\n"
+    )
