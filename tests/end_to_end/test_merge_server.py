@@ -36,12 +36,12 @@ def _trained(folder: Path, table: Callable[..., dict[str, Any]], **sections: Any
     return adapters
 
 
-@pytest.fixture(scope="module", params=["head", "causal"])
+@pytest.fixture(scope="module", params=["head", "pooled", "causal"])
 def adapters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "causal":
         return _trained(folder, tiny.causal_table)
-    return _trained(folder, tiny.table, model={"pooling": "model"})
+    return _trained(folder, tiny.table, model={"pooling": "mean" if request.param == "pooled" else "model"})
 
 
 def _upload(folder: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
@@ -55,6 +55,8 @@ def _upload(folder: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
             factors.setdefault(layer, {})[letter] = x
         else:
             plain[name] = x
+    if (folder / "head.safetensors").exists():  # of a mean over the tokens, which no stock class has
+        plain |= load_file(folder / "head.safetensors")
     return factors, plain
 
 
