@@ -235,7 +235,9 @@ def stacks(kind, dtype, d_out=70, d_in=90, K=6, r=4, seed=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("asked", [{"energy": 0.5}, {"energy": 0.9}, {"energy": 0.999}, {"energy": 1.0}, {"rank": 3}, {"rank": 24}])
+@pytest.mark.parametrize(
+    "asked", [{"energy": 0.5}, {"energy": 0.9}, {"energy": 0.999}, {"energy": 1.0}, {"rank": 3}, {"rank": 24}]
+)
 def test_truncated_svd_is_as_good_as_the_dense_one(kind, dtype, asked):
     B, A = stacks(kind, dtype)
     U, s, Vh = algebra.truncated_svd(B, A, **asked)

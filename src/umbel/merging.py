@@ -119,9 +119,7 @@ def merge(
             writer.abandon()
         report = job.report(layers, bytes_out=writer.bytes)
         flushed = time.perf_counter()
-        if job.weights_from != "equal":
-            about = {"umbel": __version__, "method": job.label, "num_examples": round(sum(job.weights)) or 1}
-            write_json(temporary / "umbel.json", about)
+        write_json(temporary / "umbel.json", job.about_adapter())
         (temporary / "README.md").write_text(_card(job, report), encoding="utf-8")
         report["seconds"]["writing"] += time.perf_counter() - flushed
         report["seconds"]["total"] = time.perf_counter() - begun
@@ -342,6 +340,15 @@ class _Job:
 
     def config(self, layers: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return peft_folder.stock_config(self.adapters, {name: own["rank"] for name, own in layers.items()}, self.plain)
+
+    def about_adapter(self) -> dict[str, Any]:
+        """What umbel.json says, so that a merge can be merged again."""
+        about: dict[str, Any] = {"umbel": __version__, "method": self.label}
+        for key in ("labels", "pooling"):
+            about |= next(({key: a.about[key]} for a in self.adapters if key in a.about), {})
+        if self.weights_from == "num_examples":
+            about["num_examples"] = round(sum(self.weights))
+        return about
 
     def about(self) -> dict[str, Any]:
         total = sum(self.weights)

@@ -21,6 +21,9 @@ from umbel.server import LARGEST, MOST_ROWS
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
+HEAD = "head.safetensors"
+"""Where umbel keeps a mean-pooled classifier's head, which no stock class of Transformers has."""
+
 MAX_INDEX_BYTES = 100_000_000
 
 
@@ -30,21 +33,30 @@ class StoredAdapter:
     Args:
         name: The folder as given.
         contents: What it holds; `config`, `layers` and `plain` are this class's attributes too.
-        num_examples: n_k from umbel.json, if it is there.
+        about: What umbel.json says, if it is there: `num_examples` is n_k, `labels` are the head's classes in its order.
         bytes: Size of all tensor files.
-        fetch: Returns the tensors of some keys as stored.
+        fetch: Returns the tensors of some keys as stored, new or not to be written to.
+        head: The file of a head outside the adapter; its parameters' names begin with "head.safetensors/".
     """
 
     def __init__(
         self,
         name: str,
         contents: Contents,
-        num_examples: int | None,
+        about: Mapping[str, Any],
         bytes: int,
         fetch: Callable[[Sequence[str]], list[Tensor]],
+        head: TensorFile | None = None,
     ) -> None:
         self.name, self.config, self.layers, self.plain = name, contents.config, contents.layers, contents.plain
-        self.num_examples, self.bytes, self._fetch = num_examples, bytes, fetch
+        if head is not None:
+            self.plain = {**self.plain, **{f"{HEAD}/{key}": entry.shape for key, entry in head.entries.items()}}
+        self.about, self.bytes, self._fetch, self._head = about, bytes, fetch, head
+
+    @property
+    def num_examples(self) -> int | None:
+        """n_k, if known."""
+        return self.about.get("num_examples")
 
     def read(self, layer: str) -> Factors:
         """Returns A (r × d_in) and B (d_out × r) in units of ΔW; float32, or float64 where the file has float64.
@@ -70,7 +82,10 @@ class StoredAdapter:
         Raises:
             FolderError: As `read`.
         """
-        (x,) = self._fetch([PREFIX + name])
+        if self._head is not None and name.startswith(HEAD):
+            (x,) = self._head.read([name[len(HEAD) + 1 :]])
+        else:
+            (x,) = self._fetch([PREFIX + name])
         x = x if x.dtype == torch.float64 else x.float()
         self._check(x, short(name))
         return x
@@ -105,7 +120,9 @@ def open_folder(path: str | Path) -> StoredAdapter:
             return files[0].read(wanted)
         return [where[key].read([key])[0] for key in wanted]
 
-    return StoredAdapter(str(path), judged, _num_examples(folder), sum(file.bytes for file in files), fetch)
+    head = TensorFile(folder, HEAD) if os.path.lexists(folder / HEAD) else None
+    size = sum(file.bytes for file in files) + (head.bytes if head is not None else 0)
+    return StoredAdapter(str(path), judged, _about(folder), size, fetch, head)
 
 
 def from_state(state: Mapping[str, Tensor], config: Any, name: str, num_examples: int | None = None) -> StoredAdapter:
@@ -123,14 +140,14 @@ def from_state(state: Mapping[str, Tensor], config: Any, name: str, num_examples
     for key, x in state.items():
         if x.dtype not in DTYPES.values() or x.numel() == 0:
             raise FolderError(f"{name}: {short(key)} is {tuple(x.shape)} of {x.dtype}; allowed: not empty, {', '.join(DTYPES)}")
-    rows = None if num_examples is None else _sound_rows(num_examples, name)
+    about = {} if num_examples is None else {"num_examples": _sound_rows(num_examples, name)}
     try:
         data = as_bytes(config)
     except FolderError as error:
         raise FolderError(f"{name}: {error}") from None
     judged = _judged(data, {key: tuple(x.shape) for key, x in state.items()}, name)
     size = sum(x.numel() * x.element_size() for x in state.values())
-    return StoredAdapter(name, judged, rows, size, lambda wanted: [state[key].detach().cpu() for key in wanted])
+    return StoredAdapter(name, judged, about, size, lambda wanted: [state[key].detach().cpu() for key in wanted])
 
 
 def _files(folder: Path) -> list[TensorFile]:
@@ -160,12 +177,15 @@ def _files(folder: Path) -> list[TensorFile]:
     return files
 
 
-def _num_examples(folder: Path) -> int | None:
+def _about(folder: Path) -> dict[str, Any]:
+    """Returns what umbel.json says and a merge needs: `num_examples`, `labels`, `pooling`."""
     if not os.path.lexists(folder / "umbel.json"):
-        return None
+        return {}
     about = parse_object(read_bytes(folder, "umbel.json", MAX_CONFIG_BYTES), str(folder / "umbel.json"))
-    rows = about.get("num_examples")
-    return None if rows is None else _sound_rows(rows, str(folder / "umbel.json"))
+    found = {key: about[key] for key in ("num_examples", "labels", "pooling") if about.get(key)}
+    if "num_examples" in about:
+        _sound_rows(about["num_examples"], str(folder / "umbel.json"))
+    return found
 
 
 def _sound_rows(rows: Any, what: str) -> int:
@@ -215,6 +235,14 @@ def check_together(adapters: Sequence[StoredAdapter], force: bool) -> list[str]:
                 raise FolderError(f"{text}; a mean over all needs it from all, --force takes the mean over those that have it")
             notes.append(f"{text}; taken as the mean over those that have it")
     notes += _lacking(adapters, list(first))
+    for key in ("labels", "pooling"):
+        known = [adapter for adapter in adapters if key in adapter.about]
+        for adapter in known[1:]:
+            if adapter.about[key] != known[0].about[key]:
+                raise FolderError(
+                    f"umbel.json: {key} {short(known[0].about[key])} in {known[0].name}, {short(adapter.about[key])} in "
+                    f"{adapter.name}; a mean of heads needs the same classes in the same order"
+                )
     for key, usual in (("bias", "none"), ("fan_in_fan_out", False)):
         values = sorted({json.dumps(adapter.config.get(key, usual)) for adapter in adapters})
         if len(values) > 1:
@@ -283,7 +311,11 @@ class Writer:
     def __init__(self, folder: Path, layers: Mapping[str, Kind], plain: Collection[str], dtype: torch.dtype) -> None:
         self._folder, self._layers = folder, dict(layers)
         names = [key for name, kind in layers.items() for key in keys(name, kind)]
-        self._file = TensorWriter(folder / TENSORS, names + [PREFIX + name for name in plain], dtype)
+        head = [name[len(HEAD) + 1 :] for name in plain if name.startswith(HEAD)]
+        self._file = TensorWriter(
+            folder / TENSORS, names + [PREFIX + name for name in plain if not name.startswith(HEAD)], dtype
+        )
+        self._head = TensorWriter(folder / HEAD, head, dtype) if head else None
         self.bytes = 0
 
     def layer(self, name: str, B: Tensor, A: Tensor) -> Factors:
@@ -301,17 +333,21 @@ class Writer:
 
     def plain(self, name: str, x: Tensor) -> Tensor:
         """Writes a parameter that is not a factor, and returns it as `layer` returns factors."""
+        if self._head is not None and name.startswith(HEAD):
+            return _wide(self._head.add(name[len(HEAD) + 1 :], x))
         return _wide(self._file.add(PREFIX + name, x))
 
     def close(self, config: Mapping[str, Any]) -> None:
         """Ends the file and writes adapter_config.json beside it; `bytes` then is the size of the tensors' file."""
-        self.bytes = self._file.finish()
+        self.bytes = self._file.finish() + (self._head.finish() if self._head is not None else 0)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self._folder / CONFIG).write_text(text, encoding="utf-8")
 
     def abandon(self) -> None:
         """Lets go of the file after an error; the caller removes the folder."""
         self._file.release()
+        if self._head is not None:
+            self._head.release()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -339,7 +375,7 @@ def stock_config(adapters: Sequence[StoredAdapter], layers: Mapping[str, int], p
         "alpha_pattern": dict(pattern),
         "use_rslora": False,
         "target_modules": sorted(layers),
-        "modules_to_save": saved if saved and plain else None,
+        "modules_to_save": saved if saved and any(not name.startswith(HEAD) for name in plain) else None,
         "bias": next(bias for bias in ("all", "lora_only", "none") if bias in biases),
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
         "lora_dropout": 0.0,
