@@ -21,7 +21,7 @@ from torch import Tensor
 
 from umbel import __version__, algebra, peft_folder
 from umbel.method import Collector, Each, Factors, Mean, Method, MethodError, Stack, load, names, taking_mixed_ranks
-from umbel.peft_config import PREFIX, SUFFIXES, Kind, Layer
+from umbel.peft_config import PREFIX, Kind, Layer, keys
 from umbel.peft_folder import StoredAdapter
 from umbel.record import new_folder, write_json
 from umbel.server import update
@@ -58,8 +58,8 @@ class _Memory:
 
     def layer(self, name: str, B: Tensor, A: Tensor) -> Factors:
         kept = {"B": B.to(self.dtype).contiguous(), "A": A.to(self.dtype).contiguous()}
-        for suffix, factor in zip(SUFFIXES[_shape(self.adapters, name).kind], ("B", "A")):
-            self.state[PREFIX + name + suffix] = kept[factor]
+        for key, factor in zip(keys(name, _shape(self.adapters, name).kind), ("B", "A")):
+            self.state[key] = kept[factor]
         return {factor: x if x.dtype == torch.float64 else x.float() for factor, x in kept.items()}
 
     def plain(self, name: str, x: Tensor) -> Tensor:
