@@ -78,7 +78,7 @@ class Tangle(nn.Module):
         self.x = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16)}) for _ in range(2))})
 
     @classmethod
-    def from_pretrained(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "Tangle":
+    def from_pretrained(cls, folder: Path | None, dtype: torch.dtype = torch.float32) -> "Tangle":
         torch.manual_seed(0)
         return cls().to(dtype)
 
@@ -255,12 +255,12 @@ def made(kind: Kind, folder: Path) -> Sites:
         torch.manual_seed(5)
         with quiet():
             peft_model = get_peft_model(kind.loader.from_pretrained(model), LoraConfig(**options))
-        _train(peft_model, seed=100 + k)
+        train(peft_model, seed=100 + k)
         _save(peft_model, kind, place)
     return Sites(kind, model, folders)
 
 
-def _train(model: PeftModel, seed: int) -> None:
+def train(model: PeftModel, seed: int) -> None:
     """Gives everything that has a gradient other values, of a size that changes the outputs."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
