@@ -180,9 +180,9 @@ class Stack:
     def _add_up(self) -> None:
         B, A = self._stacks(self._each.kept, 1.0)
         self._dtype = torch.promote_types(B.dtype, A.dtype)
-        # At least float32, so that a sum of many bfloat16 uploads does not stand still.
+        # Products in float32 or finer, their sum in float64: the roundings of a thousand clients would add up.
         B, A = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (B, A))
-        self._dense = B @ A if self._dense is None else self._dense.addmm_(B, A)
+        self._dense = (B @ A).double() if self._dense is None else self._dense.add_(B @ A)
         self._each, self._rank = Each(), 0
 
     @staticmethod
