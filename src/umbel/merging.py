@@ -5,6 +5,7 @@ add to the frozen weight as extra rank beside them. The result is read back and 
 """
 
 import collections
+import json
 import queue
 import resource
 import sys
@@ -535,7 +536,7 @@ def _card(job: _Job, report: Mapping[str, Any]) -> str:
     said = f" Largest distance of a layer from the exact weighted mean: {max(errors):.2g} of its norm." if errors else ""
     return (
         "---\n"
-        + (f"base_model: {base!r}\n" if base else "")
+        + (f"base_model: {json.dumps(base)}\n" if base else "")
         + "library_name: peft\ntags: [lora, merged]\n---\n\n"
         + f"# LoRA adapter merged from {len(job.adapters)} adapters ({job.label})\n\nMade by umbel {__version__}.{said} "
         + "merge.json has every layer's. Load it with plain PEFT:\n\n```python\nfrom peft import PeftModel\n"

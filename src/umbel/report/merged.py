@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from umbel.report import words
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 MOST_ROWS = 40
@@ -14,7 +15,7 @@ MOST_ROWS = 40
 WORST = 5
 
 
-def merged_table(report: Mapping[str, Any]) -> "Table":
+def merged_table(report: Mapping[str, Any]) -> "Group":
     """Returns the closing table of a merge: per layer error, rank and energy; below it totals.
 
     Args:
@@ -38,16 +39,16 @@ def merged_table(report: Mapping[str, Any]) -> "Table":
             )
     seconds = report["seconds"]
     stages = ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in ("reading", "computing", "checking", "writing"))
-    table.caption = (
+    text = (
         "error: ‖ΔW written − Σ p ΔW‖ / ‖Σ p ΔW‖, from the file as it was read back; energy: ‖ΔW written‖² / ‖Σ p ΔW‖².\n"
         f"weights: {_weights(report)}. in {words.size(report['bytes_in'])}, out {words.size(report['bytes_out'])}, "
         f"peak memory {words.size(report['peak_memory_bytes'])}.\n"
         f"{words.duration(seconds['total'])}: {stages} (reading runs beside the rest)."
     )
-    return _noted(table, report)
+    return _noted(table, text, report)
 
 
-def plan_table(plan: Mapping[str, Any]) -> "Table":
+def plan_table(plan: Mapping[str, Any]) -> "Group":
     """Returns the table of `umbel merge --dry-run`.
 
     Args:
@@ -66,29 +67,28 @@ def plan_table(plan: Mapping[str, Any]) -> "Table":
             _error(row),
             _energy(row),
         )
-    table.caption = (
+    text = (
         "rank out, error and energy: of the first layer of each shape, which was merged to see.\n"
         f"weights: {_weights(plan)}. in {words.size(plan['bytes_in'])}, out about {words.size(plan['bytes_out'])}; "
         f"about {words.duration(plan['seconds'])} and {words.size(plan['memory_bytes'])} of memory."
     )
-    return _noted(table, plan)
+    return _noted(table, text, plan)
 
 
 def _table(title: str, *columns: str) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(title=_text(title), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=_text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table
 
 
-def _noted(table: "Table", told: Mapping[str, Any]) -> "Table":
-    from rich.markup import escape
+def _noted(table: "Table", text: str, told: Mapping[str, Any]) -> "Group":
+    from rich.console import Group
 
-    table.caption = escape(str(table.caption)) + "".join(f"\nnote: {escape(note)}" for note in told["notes"])
-    return table
+    return Group(table, _text(text), *(_text(f"note: {note}") for note in told["notes"]))
 
 
 def _text(text: str) -> Any:
