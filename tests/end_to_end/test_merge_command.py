@@ -284,32 +284,44 @@ def test_a_full_disk_leaves_nothing_behind(own: Sites, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} == before
 
 
-KILLED = """
-import os, signal, sys
-event, part = sys.argv.pop(1), sys.argv.pop(1)
+STRUCK = """
+import os, sys
+signal, event, part = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
 def watch(name, arguments):
-    if name == event and part in str(arguments):
-        os.kill(os.getpid(), signal.SIGKILL)
+    global part
+    if name == event and part and part in str(arguments):
+        part = None
+        os.kill(os.getpid(), signal)
 sys.addaudithook(watch)
 from umbel.cli import main
 main()
 """
 
 
-@pytest.mark.parametrize(("event", "part"), [("open", "adapter_model"), ("open", "merge.json"), ("os.rename", "merged")])
+def struck(number: signal.Signals, event: str, part: str, *arguments: object, cwd: Path) -> int:
+    """Runs the command and sends it a signal where it first does a thing to a path with `part` in it; returns its exit code."""
+    line = [sys.executable, "-c", STRUCK, str(int(number)), event, part, "merge", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env={**os.environ, **SETTINGS}, capture_output=True, timeout=60).returncode
+
+
+KILLS = [("open", "merged.partial/adapter_model"), ("open", "merged.partial/merge.json"), ("os.rename", "merged.partial")]
+
+
+@pytest.mark.parametrize(("event", "part"), KILLS)
 def test_a_kill_leaves_no_folder_that_looks_whole_and_the_next_merge_is_right(
     own: Sites, tmp_path: Path, event: str, part: str
 ) -> None:
-    """Signal 9 where the process first does a thing to a path with that name in it, as in the merged folder being made."""
     copies = _with_rows(own, tmp_path, [1, 2, 3])
     there = set(tmp_path.iterdir())
-    line = [sys.executable, "-c", KILLED, event, f"merged.partial/{part}" if event == "open" else part]
-    line += ["merge", *map(str, copies), "--out", "merged"]
-    done = subprocess.run(line, cwd=tmp_path, env={**os.environ, **SETTINGS}, capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert struck(signal.SIGKILL, event, part, *copies, "--out", "merged", cwd=tmp_path) == -signal.SIGKILL
     assert not (tmp_path / "merged").exists()
     assert merge(*copies, "--out", "merged", cwd=tmp_path)[0] == 0
     assert set(tmp_path.iterdir()) == {*there, tmp_path / "merged"}
     assert merge(*copies, "--out", "undisturbed", cwd=tmp_path)[0] == 0
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_ctrl_c_leaves_nothing_behind(own: Sites, tmp_path: Path) -> None:
+    assert struck(signal.SIGINT, "open", "merged.partial/merge.json", *own.folders, "--out", "merged", cwd=tmp_path) == 130
+    assert list(tmp_path.iterdir()) == []
