@@ -238,15 +238,15 @@ def stacks(kind, dtype, d_out=70, d_in=90, K=6, r=4, seed=0):
 @pytest.mark.parametrize(
     "asked", [{"energy": 0.5}, {"energy": 0.9}, {"energy": 0.999}, {"energy": 1.0}, {"rank": 3}, {"rank": 24}]
 )
-def test_truncated_svd_is_as_good_as_the_dense_one(kind, dtype, asked):
+def test_truncated_product_is_as_good_as_the_dense_one(kind, dtype, asked):
     B, A = stacks(kind, dtype)
-    U, s, Vh = algebra.truncated_svd(B, A, **asked)
+    U_s, Vh, s = algebra.truncated_product(B, A, **asked)
     dense = B.double() @ A.double()
     values = torch.linalg.svdvals(dense)
     largest = max(float(values[0]), 1e-300)
     p = s.shape[0]
-    assert (U.shape, Vh.shape) == ((70, p), (p, 90))
-    assert {U.dtype, s.dtype, Vh.dtype} == {dtype}
+    assert (U_s.shape, Vh.shape) == ((70, p), (p, 90))
+    assert {U_s.dtype, s.dtype, Vh.dtype} == {dtype}
     exact = 2e-6 if dtype == torch.float32 else 1e-9
     if "rank" in asked:
         assert p == min(asked["rank"], B.shape[1], 70)
@@ -255,11 +255,14 @@ def test_truncated_svd_is_as_good_as_the_dense_one(kind, dtype, asked):
         # Where the sum stands on the boundary to a few roundings, the next rank is as right.
         assert p == wanted or asked["energy"] == 1
     assert float((s.double() - values[:p]).abs().max()) <= 2e-5 * largest
-    left = float(torch.linalg.matrix_norm((U.double() * s.double()) @ Vh.double() - dense))
+    left = float(torch.linalg.matrix_norm(U_s.double() @ Vh.double() - dense))
     best = float(values[p:].square().sum().sqrt())
     assert left <= best + exact * float(torch.linalg.matrix_norm(dense))
     eye = torch.eye(p).double()
-    assert torch.allclose(U.double().mT @ U.double(), eye, atol=1e-3)
+    # Where s is noise, as in all-zero stacks, U has no direction to be right about.
+    if float(s[-1]) > 1e-6 * largest:
+        U = U_s.double() / s.double()
+        assert torch.allclose(U.mT @ U, eye, atol=1e-3)
     assert torch.allclose(Vh.double() @ Vh.double().mT, eye, atol=1e-3)
 
 
@@ -280,11 +283,11 @@ def test_without_loss_keeps_the_product_and_no_direction_that_is_not_there(kind,
 @given(
     d_out=st.integers(1, 40), d_in=st.integers(1, 40), R=st.integers(1, 60), energy=st.floats(0.01, 1), seed=st.integers(0, 99)
 )
-def test_truncated_svd_keeps_the_energy_of_any_product(d_out, d_in, R, energy, seed):
+def test_truncated_product_keeps_the_energy_of_any_product(d_out, d_in, R, energy, seed):
     B, A = draw(d_out, R, seed=seed), draw(R, d_in, seed=seed + 1000)
-    U, s, Vh = algebra.truncated_svd(B, A, energy)
+    U_s, Vh, s = algebra.truncated_product(B, A, energy)
     dense = B @ A
-    left = float(torch.linalg.matrix_norm((U * s) @ Vh - dense).square() / torch.linalg.matrix_norm(dense).square())
+    left = float(torch.linalg.matrix_norm(U_s @ Vh - dense).square() / torch.linalg.matrix_norm(dense).square())
     assert left <= 1 - energy + 1e-9
     assert s.shape[0] <= min(d_out, d_in, R)
 
@@ -297,14 +300,14 @@ def test_a_large_stack_of_few_directions_is_decomposed_by_its_leading_ones():
     assert B.shape[1] > algebra.MANY
     values = torch.linalg.svdvals(B.double() @ A.double())
     for energy in (0.5, 0.9):
-        _, s, _ = algebra.truncated_svd(B, A, energy)
+        _, _, s = algebra.truncated_product(B, A, energy)
         assert s.shape[0] == algebra.energy_rank(values, energy) <= r
         assert torch.allclose(s.double(), values[: s.shape[0]], rtol=1e-5)
-    assert algebra.truncated_svd(B, A, rank=5)[1].shape == (5,)
+    assert algebra.truncated_product(B, A, rank=5)[2].shape == (5,)
     # Nothing of this needs many: a flat spectrum comes out right, too.
     flat = draw(700, 640, seed=3).float(), draw(640, 800, seed=4).float()
     values = torch.linalg.svdvals(flat[0].double() @ flat[1].double())
-    assert algebra.truncated_svd(*flat, 0.9)[1].shape[0] == algebra.energy_rank(values, 0.9)
+    assert algebra.truncated_product(*flat, 0.9)[2].shape[0] == algebra.energy_rank(values, 0.9)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (90, 64), (300, 130)])

@@ -167,7 +167,10 @@ def test_ranks_that_a_method_does_not_take_are_refused_before_anything_is_read(t
         ({"weights": [1.0, 0.0]}, "weights: got 0.0 for"),
         ({"weights": [1.0, float("nan")]}, "weights: got nan for"),
         ({"dtype": "int8"}, "dtype: got 'int8', allowed: float32"),
-        ({"rank": 0}, "rank: got 0, allowed: 1 or more"),
+        ({"rank": 0}, "rank: got 0, allowed: a whole number from 1 to 9"),
+        ({"rank": 10**9}, "rank: got 1000000000, allowed"),
+        ({"rank": 2.5}, "rank: got 2.5, allowed"),
+        ({"weights": "12"}, "weights: got '1' for"),
         ({"options": {"energy": 0.5}}, "options energy without a method"),
     ],
 )
@@ -188,7 +191,7 @@ def test_nothing_to_merge_is_said(tmp_path):
 def test_an_out_that_is_an_input_or_somebody_elses_is_left_alone(tmp_path):
     adapter(tmp_path / "a")
     before = sorted(Path(tmp_path / "a").iterdir())
-    with pytest.raises(merging.MergeError, match="one of the folders to merge"):
+    with pytest.raises(merging.MergeError, match="is or holds one of the folders to merge"):
         umbel.merge([tmp_path / "a"], tmp_path / "a")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine", encoding="utf-8")

@@ -180,12 +180,12 @@ MANY = 512
 """Rank of a stack from which leading directions are sought before all are computed."""
 
 
-def truncated_svd(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the leading part of the SVD of B A, in the cheapest way that the condition of the factors allows.
+def truncated_product(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the leading part of the SVD of B A as (U diag(s), Vh, s), in the cheapest way that the factors' condition allows.
 
     With A Aᵀ = L Lᵀ (Cholesky) L⁻¹ A has orthonormal rows, and with BᵀB = H
 
-        Lᵀ H L = V diag(s²) Vᵀ,    U = B (L V) diag(1/s),    Vh = (L⁻ᵀ V)ᵀ A,                  (1)
+        Lᵀ H L = V diag(s²) Vᵀ,    U diag(s) = B (L V),    Vh = (L⁻ᵀ V)ᵀ A,                    (1)
 
     where only the columns of V that are kept are multiplied back. A Gram matrix squares the condition number, so (1) is done
     in float32 where the rows of A (or else the columns of B) are far from dependent, in float64 where they are not, and by
@@ -199,9 +199,9 @@ def truncated_svd(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | None = 
         rank: Keep the largest so many instead, or all there are; `energy` is then not looked at.
 
     Returns:
-        (U, s, Vh): d_out × p, p descending, p × d_in, in the dtype that came in.
+        (U diag(s), Vh, s): d_out × p, p × d_in, and p values, descending; in the dtype that came in.
 
-    >>> truncated_svd(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2), energy=0.85)[1]
+    >>> truncated_product(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2), energy=0.85)[2]
     tensor([3.])
     """
     dtype = torch.promote_types(B.dtype, A.dtype)
@@ -217,7 +217,7 @@ def truncated_svd(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | None = 
             return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
     U, s, Vh = product_svd(B, A, rank)
     p = s.shape[0] if rank is not None else energy_rank(s, energy)
-    return U[:, :p], s[:p], Vh[:p]
+    return U[:, :p] * s[:p], Vh[:p], s[:p]
 
 
 def without_loss(B: Tensor, A: Tensor) -> Product:
@@ -233,8 +233,7 @@ def without_loss(B: Tensor, A: Tensor) -> Product:
     work = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
     if B.shape[1] <= min(B.shape[0], A.shape[1]) and all(_cholesky(gram(M.to(work))) is not None for M in (A.mT, B)):
         return B, A
-    U, s, Vh = truncated_svd(B, A)
-    return U * s, Vh
+    return truncated_product(B, A)[:2]
 
 
 def dense_product(M: Tensor) -> Product:
@@ -248,14 +247,17 @@ def dense_product(M: Tensor) -> Product:
 
 
 def _svd_by_gram(B: Tensor, A: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(1) of `truncated_svd` in the dtype that the factors have; None where that does not do."""
+    """(1) of `truncated_product` in the dtype that the factors have; None where that does not do."""
     G, H = gram(A.mT), gram(B)
     L = _cholesky(G)
     if L is not None:
         return _svd_by_cholesky(B, A, L, G, H, energy, rank)
     L = _cholesky(H)
     mirrored = None if L is None else _svd_by_cholesky(A.mT, B.mT, L, H, G, energy, rank)
-    return None if mirrored is None else (mirrored[2].mT, mirrored[1], mirrored[0].mT)
+    if mirrored is None:
+        return None
+    V_s, U_t, s = mirrored
+    return U_t.mT * s, V_s.mT / s.unsqueeze(-1), s
 
 
 def _cholesky(G: Tensor) -> Tensor | None:
@@ -278,7 +280,7 @@ def _svd_by_cholesky(
         return None
     s, V = s[:p], V[:, :p].contiguous()
     inverse = cast(Tensor, torch.linalg.solve_triangular(L.mT, V, upper=True))  # pyright: ignore[reportUnknownMemberType]
-    return B @ (L @ V / s), s, inverse.mT @ A
+    return B @ (L @ V), inverse.mT @ A, s
 
 
 def _congruence(L: Tensor, H: Tensor) -> Tensor:

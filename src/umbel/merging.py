@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -109,7 +109,7 @@ def merge(
     _check_free(target, paths)
     job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
     job.seconds["reading"] += time.perf_counter() - begun
-    with new_folder(target) as temporary:
+    with _parents_of(target), new_folder(target) as temporary:
         kinds: dict[str, Kind] = {name: _shape(job.adapters, name).kind for name in job.layers}
         writer = peft_folder.Writer(temporary, kinds, job.plain, DTYPES[dtype])
         try:
@@ -273,23 +273,24 @@ class _Job:
         ideal: dict[str, Factors] = {}
         for name in group:
             collector = self.method.collect()
-            exact = Stack() if self.check and self.method.collect is not Stack else None
+            exact = Stack() if self.check else None
             for k in owners[name]:
                 factors = next(uploads)
                 with self.timed("computing"):
                     self._add(collector, factors, k, name)
                 if exact is not None:
                     with self.timed("checking"):
-                        exact.add(factors, self.weights[k])
+                        # In float64: the stack of a method is in float32, and its roundings would not be seen.
+                        exact.add({key: x.double() for key, x in factors.items()}, self.weights[k])
             with self.timed("computing"):
                 got[name] = collector.done()
                 # Before the uploads there is nothing: ΔW = 0, at the rank of the largest.
                 shape = _shape(self.adapters, name)
                 r = max(self.adapters[k].layers[name].rank for k in owners[name])
                 held[name] = {"A": torch.zeros(r, shape.d_in), "B": torch.zeros(shape.d_out, r)}
-            if self.check:
+            if exact is not None:
                 with self.timed("checking"):
-                    ideal[name] = got[name] if exact is None else exact.done()
+                    ideal[name] = exact.done()
         with self.timed("computing"):
             downloads = self.method.combine_layers(got, held)
         found: dict[str, dict[str, Any]] = {}
@@ -323,8 +324,7 @@ class _Job:
         if self.rank is None or B.shape[1] == self.rank:
             return merged
         if B.shape[1] > self.rank:
-            U, s, Vh = algebra.truncated_svd(B, A, rank=self.rank)
-            B, A = U * s, Vh
+            B, A, _ = algebra.truncated_product(B, A, rank=self.rank)
         missing = self.rank - B.shape[1]
         return torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
 
@@ -399,9 +399,10 @@ def _job(
         raise MergeError(f"method {name!r} {refusal}. From finished adapters work: {', '.join(usable())}")
     if dtype not in DTYPES:
         raise MergeError(f"dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
-    if rank is not None and rank < 1:
-        raise MergeError(f"rank: got {rank}, allowed: 1 or more")
     notes = peft_folder.check_together(adapters, force)
+    most = max(min(shape.d_out, shape.d_in) for adapter in adapters for shape in adapter.layers.values())
+    if rank is not None and not (type(rank) is int and 1 <= rank <= most):
+        raise MergeError(f"rank: got {rank!r}, allowed: a whole number from 1 to {most}, the rank of the largest layer")
     if not chosen.mixed_ranks:
         _check_one_rank(name, adapters)
     if chosen.together and any(len(adapter.layers) < len(_layers(adapters)) for adapter in adapters):
@@ -444,9 +445,9 @@ def _weights(
         if len(given) != len(adapters):
             raise MergeError(f"weights: got {len(given)}, allowed: {len(adapters)}, one for each folder")
         for weight, adapter in zip(given, adapters):
-            if not 0 < weight <= 1e12:
+            if not (isinstance(weight, int | float) and 0 < weight <= 1e12):
                 raise MergeError(
-                    f"weights: got {weight} for {adapter.name}, allowed: above 0, at most 1e12; leave out who counts 0"
+                    f"weights: got {weight!r} for {adapter.name}, allowed: above 0, at most 1e12; leave out who counts 0"
                 )
         return [float(weight) for weight in given], "given"
     known = [adapter.num_examples for adapter in adapters]
@@ -472,10 +473,28 @@ def _shape(adapters: Sequence[StoredAdapter], name: str) -> Layer:
 
 
 def _check_free(out: Path, paths: Sequence[str | Path]) -> None:
-    if any(out.resolve() == Path(path).resolve() for path in paths):
-        raise MergeError(f"{out} is one of the folders to merge; give another --out")
+    whole = out.resolve()
+    for path in paths:
+        if Path(path).resolve().is_relative_to(whole):
+            raise MergeError(f"{out} is or holds one of the folders to merge, {path}; give another --out")
+    if Path.cwd().is_relative_to(whole):
+        raise MergeError(f"{out} is or holds the folder you work in, which cannot be replaced; give --out a name of its own")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "merge.json").is_file()))):
         raise MergeError(f"{out} is there already and is no earlier merge; give another --out, or remove it")
+
+
+@contextmanager
+def _parents_of(out: Path) -> Iterator[None]:
+    """Makes the folders above `out`, and takes them away again if the block fails."""
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -301,7 +301,7 @@ class TensorWriter:
                 f"{torch.finfo(self._dtype).max:.3g}); write float32 or bfloat16"
             )
         entry = Entry(self._dtype, tuple(x.shape), 8 + self._room + self._end)
-        _write(self._descriptor, entry.start, _memory(rounded))
+        self._write(entry.start, _memory(rounded))
         offsets = [self._end, self._end + entry.bytes]
         self._table[name] = {"dtype": NAMES[self._dtype], "shape": list(x.shape), "data_offsets": offsets}
         self._end += entry.bytes
@@ -310,7 +310,7 @@ class TensorWriter:
     def finish(self) -> int:
         """Writes the header and returns the file's size in bytes."""
         header = json.dumps(self._table, separators=(",", ":")).encode()
-        _write(self._descriptor, 0, memoryview(struct.pack("<Q", self._room) + header.ljust(self._room)))
+        self._write(0, memoryview(struct.pack("<Q", self._room) + header.ljust(self._room)))
         self.release()
         return 8 + self._room + self._end
 
@@ -320,8 +320,10 @@ class TensorWriter:
             os.close(self._descriptor)
             self._descriptor = -1
 
-
-def _write(descriptor: int, start: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], start + done)
+    def _write(self, start: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._descriptor, data[done:], start + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from None

@@ -220,6 +220,23 @@ def test_what_stands_at_out_is_not_overwritten(own: Sites, tmp_path: Path) -> No
     assert (tmp_path / "merged" / "mine.txt").read_text() == "mine"
 
 
+def test_out_cannot_be_the_working_folder_nor_hold_what_is_merged(own: Sites, tmp_path: Path) -> None:
+    assert mistake(*own.folders, "--out", ".", cwd=tmp_path)
+    assert merge(*own.folders, "--out", "merged", cwd=tmp_path)[0] == 0
+    (tmp_path / "new").mkdir()
+    (copy, *_) = _with_rows(own, tmp_path / "new", [None] * 3)
+    inner = copy.rename(tmp_path / "merged" / "inner")
+    assert "inner" in mistake(inner, own.folders[1], "--out", "merged", cwd=tmp_path)
+    assert {path.name for path in inner.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_folders_made_on_the_way_to_out_go_with_a_merge_that_failed(own: Sites, tmp_path: Path) -> None:
+    copies = _with_rows(own, tmp_path, [None, None, None])
+    file = copies[1] / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+    assert "copy-1" in mistake(*copies, "--out", "deep/down/merged", cwd=tmp_path)
+
+
 def _changed(own: Sites, folder: Path, **keys: object) -> list[Path]:
     """Copies of the sites, where the last site's configuration says something else."""
     copies = _with_rows(own, folder, [None] * len(own.folders))
@@ -277,7 +294,9 @@ def test_a_full_disk_leaves_nothing_behind(own: Sites, tmp_path: Path) -> None:
 
     assert merge(*own.folders, "--out", "whole", cwd=tmp_path)[0] == 0
     assert (tmp_path / "whole" / "adapter_model.safetensors").stat().st_size > 8192
-    assert "too large" in mistake(*own.folders, "--out", "merged", cwd=tmp_path, run=full)
+    said = mistake(*own.folders, "--out", "merged", cwd=tmp_path, run=full)
+    assert "too large" in said
+    assert "merged" in said  # where
     # An older merge stands as it was.
     before = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     mistake(*own.folders, "--out", "whole", "--weights", "1,2,3", cwd=tmp_path, run=full)

@@ -25,9 +25,9 @@ class BestRank(Method):
     def combine(self, got: list[tuple[Factors, float]], held: Factors) -> Download:
         mean = mean_of(got)
         stack = torch.cat([own["B"] for own, _ in got], -1), torch.cat([p * own["A"] for own, p in got], -2)  # (1)
-        U, s, Vh = (x.double() for x in algebra.truncated_svd(*stack, rank=mean["A"].shape[0]))  # (2)
+        U_s, Vh, s = (x.double() for x in algebra.truncated_product(*stack, rank=mean["A"].shape[0]))  # (2)
         B, A, B_mean, A_mean = (float(x.double().square().sum()) for x in (s, Vh, mean["B"], mean["A"]))
         if B == 0:
             return Download(factors=mean)  # A stays as random as it was
         c = (B_mean / A_mean * A / B) ** 0.25 if B_mean > 0 and A_mean > 0 else 1.0
-        return Download(factors={"B": (c * U * s).to(stack[0]), "A": (Vh / c).to(stack[1])})  # (3)
+        return Download(factors={"B": (c * U_s).to(stack[0]), "A": (Vh / c).to(stack[1])})  # (3)

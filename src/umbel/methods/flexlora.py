@@ -25,7 +25,7 @@ class FlexLoRA(Method):
 
     def combine(self, got: Factors, held: Factors) -> Download:
         r = held["A"].shape[-2]
-        U, s, Vh = algebra.truncated_svd(got["B"], got["A"], rank=r)  # (1) is `Stack`; (2)
-        missing = U.new_zeros(U.shape[-2], r - s.shape[-1])
-        B, A = torch.cat([U * s, missing], -1), torch.cat([Vh, held["A"][s.shape[-1] :].to(Vh)], -2)
+        U_s, Vh, s = algebra.truncated_product(got["B"], got["A"], rank=r)  # (1) is `Stack`; (2)
+        missing = U_s.new_zeros(U_s.shape[-2], r - s.shape[-1])
+        B, A = torch.cat([U_s, missing], -1), torch.cat([Vh, held["A"][s.shape[-1] :].to(Vh)], -2)
         return Download(factors={"B": B, "A": A})  # (3), cut on the way

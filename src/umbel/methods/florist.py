@@ -8,7 +8,7 @@
     B_g = (U_B U_P)[:, :p] diag(s_1 … s_p),  A_g = (V_Pᵀ V_Aᵀ)[:p, :]  (6)
     all clients take (B_g, A_g)                                        (7)
 
-For (2)–(4) we decompose the stacks' Gram matrices (`algebra.truncated_svd`): the same S_P at less cost. (7) has two published
+For (2)–(4) we decompose the stacks' Gram matrices (`algebra.truncated_product`): the same S_P, cheaper. (7) has two published
 forms. "load", our default, is the MLSys release's, for which τ = 0.9 is the recommended value: the pair becomes the
 adapter, cut or padded to the client's rank. "merge" is the first preprint's: the pair goes into the frozen weight and a
 fresh adapter begins.
@@ -53,8 +53,8 @@ class FloRIST(Method):
     def combine(self, got: Factors, held: Factors) -> Download:
         if self.exact:  # with τ = 1 nothing goes and nobody cuts, so (2) to (6) are needed only where directions depend
             return Download(merge=algebra.without_loss(got["B"], got["A"]), reset=0)
-        U, s, Vh = algebra.truncated_svd(got["B"], got["A"], self.energy or 1.0, self.rank)  # (1) is `Stack`; (2) to (5)
-        B, A = U * s, Vh  # (6); most important direction first, so that clients may cut
+        # (1) is `Stack`; (2) to (6), the most important direction first, so that clients may cut
+        B, A, _ = algebra.truncated_product(got["B"], got["A"], self.energy or 1.0, self.rank)
         if self.adopt == "merge":
             return Download(merge=(B, A), reset=0)  # (7), preprint
         return Download(factors={"B": B, "A": A})  # (7), release
