@@ -6,10 +6,8 @@ add to the frozen weight as extra rank beside them. The result is read back and 
 
 import collections
 import json
-import queue
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STAGES = ("reading", "computing", "checking", "writing")
 
 AHEAD = 32 * 2**20
-"""Bytes of uploads that are read before they are asked for."""
+"""Bytes of uploads that the system is asked to read before they are needed, while the layer before them is computed."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what was done last, layers done, layers in all."""
@@ -257,10 +255,10 @@ class _Job:
         groups = [layers] if self.method.together else [[name] for name in layers]
         owners = {name: [k for k, adapter in enumerate(self.adapters) if name in adapter.layers] for name in layers}
         found: dict[str, dict[str, Any]] = {}
-        with _ahead(self.adapters, [(k, name) for name in layers for k in owners[name]], self.seconds) as uploads:
-            for group in groups:
-                found |= self._merge(group, owners, uploads, sink)
-                progress(group[-1], len(found), len(layers))
+        uploads = _uploads(self.adapters, [(k, name) for name in layers for k in owners[name]], self.seconds)
+        for group in groups:
+            found |= self._merge(group, owners, uploads, sink)
+            progress(group[-1], len(found), len(layers))
         for name in [] if only else self.plain:
             self._mean(name, sink)
         return found
@@ -373,7 +371,6 @@ class _Job:
             "bytes_in": sum(adapter.bytes for adapter in self.adapters),
             "bytes_out": bytes_out,
             "peak_memory_bytes": _peak_bytes(),
-            # Reading goes on beside the rest, in a thread of its own, so that the parts add up to more than the whole.
             "seconds": {**self.seconds, "total": 0.0},
         }
 
@@ -497,50 +494,23 @@ def _parents_of(out: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _ahead(
+def _uploads(
     adapters: Sequence[StoredAdapter], wanted: Sequence[tuple[int, str]], seconds: dict[str, float]
-) -> Iterator[Iterator[Factors]]:
-    """Yields the factors of (client, layer) pairs in order, read by a thread of its own, a little ahead."""
-    shapes = {adapters[k].layers[name] for k, name in wanted}
-    size = 4 * max(shape.rank * (shape.d_in + shape.d_out) for shape in shapes)
-    ready: queue.Queue[Factors | Exception] = queue.Queue(maxsize=max(2, AHEAD // size))
-    stopped = threading.Event()
-
-    def put(item: Factors | Exception) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            for k, name in wanted:
-                begun = time.perf_counter()
-                factors = adapters[k].read(name)
-                seconds["reading"] += time.perf_counter() - begun
-                if not put(factors):
-                    return
-        except Exception as error:
-            put(error)
-
-    def take() -> Iterator[Factors]:
-        for _ in wanted:
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    reader = threading.Thread(target=read, name="umbel-reader", daemon=True)
-    reader.start()
-    try:
-        yield take()
-    finally:
-        stopped.set()
-        reader.join()
+) -> Iterator[Factors]:
+    """Yields the factors of (client, layer) pairs in order; the system is told a little ahead which will be read next."""
+    told = ahead = 0
+    for at, (k, name) in enumerate(wanted):
+        begun = time.perf_counter()
+        ahead -= adapters[k].size(name) if at < told else 0
+        while told < len(wanted) and ahead <= AHEAD:
+            next_k, next_name = wanted[told]
+            if told > at:
+                ahead += adapters[next_k].size(next_name)
+                adapters[next_k].announce(next_name)
+            told += 1
+        factors = adapters[k].read(name)
+        seconds["reading"] += time.perf_counter() - begun
+        yield factors
 
 
 def _peak_bytes() -> int:

@@ -35,7 +35,8 @@ class StoredAdapter:
         contents: What it holds; `config`, `layers` and `plain` are this class's attributes too.
         about: What umbel.json says, if it is there: `num_examples` is n_k, `labels` are the head's classes in its order.
         bytes: Size of all tensor files.
-        fetch: Returns the tensors of some keys as stored, new or not to be written to.
+        fetch: Returns new tensors with what some keys hold, as stored.
+        announce: Told which keys will soon be fetched.
         head: The file of a head outside the adapter; its parameters' names begin with "head.safetensors/".
     """
 
@@ -47,11 +48,12 @@ class StoredAdapter:
         bytes: int,
         fetch: Callable[[Sequence[str]], list[Tensor]],
         head: TensorFile | None = None,
+        announce: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
         self.name, self.config, self.layers, self.plain = name, contents.config, contents.layers, contents.plain
         if head is not None:
             self.plain = {**self.plain, **{f"{HEAD}/{key}": entry.shape for key, entry in head.entries.items()}}
-        self.about, self.bytes, self._fetch, self._head = about, bytes, fetch, head
+        self.about, self.bytes, self._fetch, self._head, self._announce = about, bytes, fetch, head, announce
 
     @property
     def num_examples(self) -> int | None:
@@ -61,7 +63,7 @@ class StoredAdapter:
     def read(self, layer: str) -> Factors:
         """Returns A (r × d_in) and B (d_out × r) in units of ΔW; float32, or float64 where the file has float64.
 
-        May be called from several threads. What `from_state` gave may share memory with the state; do not write to it.
+        They are new tensors. May be called from several threads.
 
         Raises:
             FolderError: NaN, infinity or huge values, or the file is no longer what was opened.
@@ -71,10 +73,20 @@ class StoredAdapter:
         dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
         factors = {"A": A.to(dtype), "B": B.to(dtype)}
         if about.scale != 1:
-            factors["B"] = factors["B"] * about.scale
+            factors["B"].mul_(about.scale)
         for factor, x in factors.items():
             self._check(x, f"layer {short(layer)}, {factor}")
         return factors
+
+    def size(self, layer: str) -> int:
+        """Returns about how many bytes `read` of a layer takes."""
+        about = self.layers[layer]
+        return 4 * about.rank * (about.d_in + about.d_out)
+
+    def announce(self, layer: str) -> None:
+        """Tells the system that a layer will soon be read, so that the disk works while something else is computed."""
+        if self._announce is not None:
+            self._announce(keys(layer, self.layers[layer].kind))
 
     def read_plain(self, name: str) -> Tensor:
         """Returns a parameter that is not a factor; float32, or float64 where the file has float64.
@@ -122,7 +134,7 @@ def open_folder(path: str | Path) -> StoredAdapter:
 
     head = TensorFile(folder, HEAD) if os.path.lexists(folder / HEAD) else None
     size = sum(file.bytes for file in files) + (head.bytes if head is not None else 0)
-    return StoredAdapter(str(path), judged, _about(folder), size, fetch, head)
+    return StoredAdapter(str(path), judged, _about(folder), size, fetch, head, files[0].announce if where is None else None)
 
 
 def from_state(state: Mapping[str, Tensor], config: Any, name: str, num_examples: int | None = None) -> StoredAdapter:
@@ -147,7 +159,7 @@ def from_state(state: Mapping[str, Tensor], config: Any, name: str, num_examples
         raise FolderError(f"{name}: {error}") from None
     judged = _judged(data, {key: tuple(x.shape) for key, x in state.items()}, name)
     size = sum(x.numel() * x.element_size() for x in state.values())
-    return StoredAdapter(name, judged, about, size, lambda wanted: [state[key].detach().cpu() for key in wanted])
+    return StoredAdapter(name, judged, about, size, lambda wanted: [state[key].detach().to("cpu", copy=True) for key in wanted])
 
 
 def _files(folder: Path) -> list[TensorFile]:

@@ -244,6 +244,18 @@ class TensorFile:
         finally:
             os.close(descriptor)
 
+    def announce(self, names: Sequence[str]) -> None:
+        """Asks the system to have tensors in its cache, and does not wait for it."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = _open(self._real, self._path)
+        try:
+            for name in names:
+                entry = self.entries[name]
+                os.posix_fadvise(descriptor, entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
 
 def _identity(descriptor: int) -> tuple[int, ...]:
     about = os.fstat(descriptor)

@@ -43,7 +43,7 @@ def merged_table(report: Mapping[str, Any]) -> "Group":
         "error: ‖ΔW written − Σ p ΔW‖ / ‖Σ p ΔW‖, from the file as it was read back; energy: ‖ΔW written‖² / ‖Σ p ΔW‖².\n"
         f"weights: {_weights(report)}. in {words.size(report['bytes_in'])}, out {words.size(report['bytes_out'])}, "
         f"peak memory {words.size(report['peak_memory_bytes'])}.\n"
-        f"{words.duration(seconds['total'])}: {stages} (reading runs beside the rest)."
+        f"{words.duration(seconds['total'])}: {stages}."
     )
     return _noted(table, text, report)
 
