@@ -56,7 +56,9 @@ SQUARE, WIDE, TALL = (4096, 4096), (11008, 4096), (4096, 11008)  # (d_out, d_in)
 ATTENTION = {f"self_attn.{name}_proj": SQUARE for name in "qkvo"}
 MLP = {"mlp.gate_proj": WIDE, "mlp.up_proj": WIDE, "mlp.down_proj": TALL}
 QV = Model("Llama-2-7B, q and v", {name: ATTENTION[name] for name in ("self_attn.q_proj", "self_attn.v_proj")}, 32)
+QV_FEW = Model("Llama-2-7B, q and v, 2 blocks", QV.shapes, 2)
 ALL = Model("Llama-2-7B, all seven", ATTENTION | MLP, 32)
+ALL_FEW = Model("Llama-2-7B, all seven, 4 blocks", ALL.shapes, 4)
 SMALL = Model("small", {"self_attn.q_proj": (256, 192), "self_attn.v_proj": (192, 256)}, 2, rank=4)
 
 

@@ -1,6 +1,6 @@
 """Merging adapters: umbel, what one would take instead, and the floors, side by side in one run and with equal threads.
 
-    python benchmarks/merge/bench.py                 # both parts at Llama-2-7B's shapes; 12 GB of disk, deleted afterwards
+    python benchmarks/merge/bench.py                 # both parts at Llama-2-7B's shapes; 4 GB of disk, deleted afterwards
     python benchmarks/merge/bench.py --part kernels --clients 5 10
     python benchmarks/merge/bench.py --quick         # small shapes, seconds
 

@@ -36,6 +36,17 @@ def _read(files: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
+def forget(files: Sequence[Path]) -> None:
+    """Asks the system to drop the files from its cache, so that the next reading comes from the disk."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def write_seconds(folder: Path, size: int) -> float:
     """Returns the seconds it takes to write so many bytes to a new file of the folder and flush them to disk."""
     chunk, path = os.urandom(CHUNK), folder / "floor.bin"

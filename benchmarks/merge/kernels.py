@@ -21,6 +21,7 @@ from umbel.method import Download, Factors
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "florist τ 0.9": ("florist", {"energy": 0.9}),
     "florist τ 1": ("florist", {"energy": 1.0}),
+    "florist τ 1, merge": ("florist", {"energy": 1.0, "adopt": "merge"}),
     "flora_na": ("flora_na", {}),
     "best_rank": ("best_rank", {}),
     "fedit": ("fedit", {}),
@@ -165,8 +166,8 @@ def _sent(download: Download) -> Product:
 
 
 def _rivals(case: Case, uploads: rivals.Uploads) -> Iterator[Row]:
-    for label in ("florist τ 0.9", "florist τ 1"):
-        energy = METHODS[label][1]["energy"]
+    for energy in (0.9, 1.0):
+        label = f"florist τ {energy:g}"
         yield Row(f"two SVDs, τ {energy:g}", "rival", label, lambda energy=energy: rivals.florist(uploads, energy))
     if case.rivals == "paper":
         return
@@ -176,7 +177,7 @@ def _rivals(case: Case, uploads: rivals.Uploads) -> Iterator[Row]:
         yield Row("FlexLoRA, dense", "rival", "best_rank", lambda: rivals.flexlora(uploads, case.rank))
     stock = rivals.Peft(uploads, PEFT_LAYERS)
     said = f"{PEFT_LAYERS} layers, time of one"
-    for combination, label in (("linear", "fedit"), ("cat", "florist τ 1"), ("svd", "best_rank")):
+    for combination, label in (("linear", "fedit"), ("cat", "florist τ 1, merge"), ("svd", "best_rank")):
         dense = combination == "svd"
         if dense and (case.clients not in DENSE_AT or rivals.Peft.dense_bytes(uploads) > MOST_DENSE_BYTES):
             continue
@@ -187,7 +188,7 @@ def _rivals(case: Case, uploads: rivals.Uploads) -> Iterator[Row]:
 def _floors(uploads: rivals.Uploads, ranks: dict[str, int]) -> Iterator[Row]:
     B = torch.cat([own["B"] for own, _ in uploads], dim=1)
     A = torch.cat([p * own["A"] for own, p in uploads], dim=0)
-    for label in ("florist τ 0.9", "florist τ 1", "best_rank"):
+    for label in ("florist τ 0.9", "florist τ 1", "florist τ 1, merge", "best_rank"):
         yield Row(f"products of {label}", "floor", label, floors.products(B, A, ranks[label]), lambda _: None)
     yield Row("products of flora_na", "floor", "flora_na", floors.grams(B, A), lambda _: None)
 

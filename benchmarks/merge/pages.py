@@ -26,8 +26,8 @@ def florist(tables: Table) -> list[Row]:
     timed = ["umbel, ms", "two SVDs, ms", "ratio", "dense, ms", "ratio", "products, ms", "umbel / products"]
     rows = [["layer", "clients", "kind", "τ", *timed, "rank", "theirs", "error", "theirs"]]
     for case, found in _kernels(tables):
-        for tau in ("0.9", "1"):
-            own, paper = found[f"florist τ {tau}"], found.get(f"two SVDs, τ {tau}", {})
+        for tau in ("0.9", "1", "1, merge"):
+            own, paper = found[f"florist τ {tau}"], found.get(f"two SVDs, τ {tau.removesuffix(', merge')}", {})
             dense, floor = found.get("FlexLoRA, dense", {}), found[f"products of florist τ {tau}"]
             times = [_ms(own), _ms(paper), _ratio(paper, own), _ms(dense), _ratio(dense, own), _ms(floor), _ratio(own, floor)]
             equal = [_rank(own), _rank(paper), words.error(own["error"]), words.error(paper.get("error"))]
@@ -89,9 +89,25 @@ def commands(tables: Table) -> list[Row]:
     return rows
 
 
+def fedit(tables: Table) -> list[Row]:
+    """FedIT without the check against reading and writing alone, from a warm and from a cold page cache."""
+    rows = [["layers", "clients", "in", "cache", "read alone, s", "write alone, s", "merge, s", "merge / both"]]
+    for case in _first(tables):
+        row = next((row for row in case["rows"] if row["method"] == "fedit" and not row["checked"] and "cold" in row), None)
+        if row is None:
+            continue
+        about = [str(case["layers"]), f"{case['clients']:,}", words.size(case["bytes_in"])]
+        warm = (case["read_seconds"], row["write_seconds"], row["stages"]["total"])
+        cold = (row["cold"]["read_seconds"], row["cold"]["write_seconds"], row["cold"]["merge_seconds"])
+        for cache, (read, write, merge) in (("warm", warm), ("cold", cold)):
+            rows.append([*about, cache, *(f"{x:.3f}" for x in (read, write, merge)), f"{merge / (read + write):.2f}"])
+    return rows
+
+
 def memory(tables: Table) -> list[Row]:
-    """Peak memory of the whole command by the number of clients, for the first model."""
-    cases = _first(tables)
+    """Peak memory of the whole command by the number of clients, for the model of few layers that all numbers were run on."""
+    named = [case["model"] for case in _cases(tables, "commands") if case["clients"] == 1000]
+    cases = [case for case in _cases(tables, "commands") if named and case["model"] == named[-1]]
     rows = [["method", "check", *(f"{case['clients']:,} clients" for case in cases), "1,000 / 10"]]
     found = {(case["clients"], row["method"], row["checked"]): row.get("peak_bytes") for case in cases for row in case["rows"]}
     for method, checked in dict.fromkeys((method, checked) for _, method, checked in found):
@@ -99,6 +115,8 @@ def memory(tables: Table) -> list[Row]:
         few, most = (found.get((K, method, checked)) for K in (10, 1000))
         ratio = f"{most / few:.2f}" if few and most else words.MISSING
         rows.append([f"`{method}`", "yes" if checked else "no", *map(words.size, peaks), ratio])
+    if not cases:
+        return rows
     rows.append(["importing alone", words.MISSING, *(words.size(case["start"]["peak_bytes"]) for case in cases), words.MISSING])
     return rows
 
@@ -185,11 +203,18 @@ KINDS: dict[str, Callable[[Table], list[Row] | str]] = {
     "flora_na": flora_na,
     "others": others,
     "commands": commands,
+    "fedit": fedit,
     "memory": memory,
     "extrapolated": extrapolated,
     "machine": machine,
 }
-NEEDED = {"commands": ["commands"], "memory": ["commands"], "extrapolated": ["kernels", "commands"], "machine": []}
+NEEDED = {
+    "commands": ["commands"],
+    "fedit": ["commands"],
+    "memory": ["commands"],
+    "extrapolated": ["kernels", "commands"],
+    "machine": [],
+}
 
 
 def rendered(text: str, results: Path = HERE / "results") -> str:
