@@ -339,3 +339,29 @@ def test_compact_drops_what_carries_nothing_and_nothing_else():
     assert torch.allclose(B_kept @ A_kept, B @ A)
     assert algebra.compact(0 * B, A)[0].shape == (6, 1)
     assert algebra.compact(draw(3, 8), draw(8, 9, seed=1))[0].shape == (3, 3)
+
+
+def test_vectors_that_lean_on_each_other_only_together_are_seen():
+    # Each row is far from those before it, and the whole is singular to 1e-4 all the same.
+    n = 12
+    T = torch.eye(n).double() - torch.ones(n, n).double().tril(-1)
+    Q = algebra.product_svd(draw(n, n), draw(n, 40, seed=1))[2]
+    W = draw(50, n, seed=2)
+    B, A = (W @ torch.linalg.inv(T)).float(), (T @ Q).float()
+    values = torch.linalg.svdvals(B.double() @ A.double())
+    for energy in (0.9, 0.99):
+        U_s, Vh, s = algebra.truncated_product(B, A, energy)
+        assert torch.allclose(s.double(), values[: len(s)], rtol=1e-4)
+        assert torch.allclose(Vh @ Vh.mT, torch.eye(len(s)), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-12, 1e12, 1e15])
+@pytest.mark.parametrize("asked", [{"energy": 0.9}, {"energy": 1.0}, {"rank": 2}])
+def test_truncated_product_of_very_small_and_very_large_factors_is_that_of_ordinary_ones(size, asked):
+    B, A = stacks("unrelated", torch.float32)
+    B_large, A_large = B.clone(), A.clone()
+    B_large[:, :4] *= size
+    U_s, Vh, s = algebra.truncated_product(B_large * min(size, 1), A_large, **asked)
+    assert all(torch.isfinite(x).all() for x in (U_s, Vh, s))
+    values = torch.linalg.svdvals((B_large.double() * min(size, 1)) @ A_large.double())
+    assert float((s.double() - values[: len(s)]).abs().max()) <= 1e-4 * float(values[0])

@@ -118,8 +118,10 @@ class Mean:
             return
         self._check(factors)
         self._total += weight
-        for name, mean in self._mean.items():
-            mean.lerp_(factors[name].to(mean.dtype), weight / self._total)
+        for name, x in factors.items():
+            self._dtypes[name] = torch.promote_types(self._dtypes[name], x.dtype)
+            mean = self._mean[name] = self._mean[name].to(torch.promote_types(self._mean[name].dtype, x.dtype))
+            mean.lerp_(x.to(mean.dtype), weight / self._total)
 
     def _check(self, factors: Factors) -> None:
         if factors.keys() != self._mean.keys():
@@ -168,20 +170,22 @@ class Stack:
         self._rank = 0
         self._total = 0.0
         self._dense: Tensor | None = None
-        self._dtype = torch.float32
+        self._dtype: torch.dtype | None = None
 
     def add(self, factors: Factors, weight: float) -> None:
         self._each.add(factors, weight)
         self._total += weight
         self._rank += factors["A"].shape[0]
+        own = torch.promote_types(factors["A"].dtype, factors["B"].dtype)
+        self._dtype = own if self._dtype is None else torch.promote_types(self._dtype, own)
         if self._rank > min(factors["B"].shape[0], factors["A"].shape[1]):
             self._add_up()
 
     def _add_up(self) -> None:
         B, A = self._stacks(self._each.kept, 1.0)
-        self._dtype = torch.promote_types(B.dtype, A.dtype)
         # Products in float32 or finer, their sum in float64: the roundings of a thousand clients would add up.
-        B, A = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (B, A))
+        work = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
+        B, A = B.to(work), A.to(work)
         self._dense = (B @ A).double() if self._dense is None else self._dense.add_(B @ A)
         self._each, self._rank = Each(), 0
 
