@@ -350,7 +350,7 @@ def test_vectors_that_lean_on_each_other_only_together_are_seen():
     B, A = (W @ torch.linalg.inv(T)).float(), (T @ Q).float()
     values = torch.linalg.svdvals(B.double() @ A.double())
     for energy in (0.9, 0.99):
-        U_s, Vh, s = algebra.truncated_product(B, A, energy)
+        _, Vh, s = algebra.truncated_product(B, A, energy)
         assert torch.allclose(s.double(), values[: len(s)], rtol=1e-4)
         assert torch.allclose(Vh @ Vh.mT, torch.eye(len(s)), atol=1e-4)
 

@@ -1,6 +1,8 @@
 """merging: what feeds the collectors, and what it costs. What comes out is compared with PEFT in end_to_end/test_merge_*.py."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,73 @@ def test_an_out_that_is_an_input_or_somebody_elses_is_left_alone(tmp_path):
     assert (tmp_path / "notes" / "mine.txt").read_text(encoding="utf-8") == "mine"
     for _ in range(2):
         umbel.merge([tmp_path / "a"], tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(merging.MergeError, match=r"no earlier merge: it holds mine\.txt"):
+        umbel.merge([tmp_path / "a"], tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").unlink()
+    adapter(tmp_path / "out.partial", seed=3)
+    with pytest.raises(merging.MergeError, match=r"out\.partial is in the way"):
+        umbel.merge([tmp_path / "a", tmp_path / "out.partial"], tmp_path / "out")
+    assert len(list((tmp_path / "out.partial").iterdir())) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(merging.WRITTEN - {"head.safetensors"})
+
+
+def test_memory_grows_neither_with_the_layers_nor_for_a_mean_with_the_clients(tmp_path):
+    """Peak memory of the real command, in MB, as its own report has it."""
+
+    def peak(clients, layers):
+        paths = []
+        for k in range(clients):
+            paths.append(tmp_path / f"{layers}-{k}")
+            if not paths[-1].exists():
+                names = [f"layers.{i}.q_proj" for i in range(layers)]
+                tensors = {}
+                for name in names:
+                    tensors[f"base_model.model.{name}.lora_A.weight"] = torch.full((64, 2000), 0.1 + k)
+                    tensors[f"base_model.model.{name}.lora_B.weight"] = torch.full((2000, 64), 0.2)
+                paths[-1].mkdir()
+                safetensors.torch.save_file(tensors, paths[-1] / "adapter_model.safetensors")
+                about = {"peft_type": "LORA", "r": 64, "lora_alpha": 64, "target_modules": names}
+                (paths[-1] / "adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+        command = [sys.executable, "-c", "from umbel.cli import main; main()", "merge", *map(str, paths)]
+        command += ["--out", str(tmp_path / "out"), "--method", "fedit", "--no-check", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)["peak_memory_bytes"] / 1e6
+
+    # One layer of one client is 1 MB; forty of either would be 40 MB more if they were kept.
+    least = peak(2, 1)
+    assert peak(40, 1) < least + 15
+    assert peak(2, 40) < least + 15
+
+
+def test_values_beyond_float32s_squares_and_names_that_look_like_markup_do_no_harm(tmp_path):
+    for k in range(3):
+        adapter(tmp_path / str(k), ["x[/b]q"], seed=k, alpha=2 * 10**14 if k else 4)
+    paths = [tmp_path / str(k) for k in range(3)]
+    for name in ("florist", "flexlora", "best_rank", "fedex_lora", "flora_na"):
+        report = umbel.merge(paths, tmp_path / "out", method=name)
+        assert 0 <= report["layers"]["x[/b]q"]["error"] < 1
+    command = [
+        sys.executable,
+        "-c",
+        "from umbel.cli import main; main()",
+        "merge",
+        *map(str, paths),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "x[/b]q" in done.stdout
+
+
+def test_a_mean_of_nothing_has_no_relative_error_and_json_stays_json(tmp_path):
+    state = {
+        "base_model.model.q.lora_A.weight": torch.ones(1, D_IN),
+        "base_model.model.q.lora_B.weight": torch.ones(D_OUT, 1),
+    }
+    other = {key: x * (-0.5 if "lora_B" in key else 2) for key, x in state.items()}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    _, _, report = umbel.aggregate([state, other], [config, config], method="fedit")
+    assert report["layers"]["q"] == {"error": None, "rank": 1, "energy": None}
+    assert "the mean of the updates is zero" in report["notes"][0]
+    json.loads(json.dumps(report, allow_nan=False))

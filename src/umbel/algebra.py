@@ -25,8 +25,8 @@ DENSE_SVD_LIMIT = 1024
 def add_products(first: Product | None, later: Product | None) -> Product | None:
     """Returns the product that is the sum of two: [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2.
 
-    A stack that is wider than the matrix is compressed without loss, so that a sum of many stays no larger than
-    d_out × d_in. None stands for zero.
+    A stack that is wider than the matrix is multiplied out, so that a sum of many stays no larger than d_out × d_in. None
+    stands for zero.
 
     >>> one = (torch.ones(3, 1), torch.ones(1, 2))
     >>> B, A = add_products(one, one)
@@ -35,12 +35,14 @@ def add_products(first: Product | None, later: Product | None) -> Product | None
     """
     if first is None or later is None:
         return later if first is None else first
-    B = torch.cat([first[0], later[0]], dim=-1)
-    A = torch.cat([first[1], later[1]], dim=-2)
+    return _no_wider(torch.cat([first[0], later[0]], dim=-1), torch.cat([first[1], later[1]], dim=-2))
+
+
+def _no_wider(B: Tensor, A: Tensor) -> Product:
+    """B A as a product that is no wider than the matrix."""
     if B.shape[-1] <= min(B.shape[-2], A.shape[-1]):
         return B, A
-    U, s, Vh = product_svd(B, A)
-    return U * s.unsqueeze(-2), Vh
+    return dense_product((B.double() @ A.double()).to(torch.promote_types(B.dtype, A.dtype)))
 
 
 def compact(B: Tensor, A: Tensor) -> Product:
@@ -55,10 +57,7 @@ def compact(B: Tensor, A: Tensor) -> Product:
         if not alive.any():
             alive[:1] = True
         B, A = B[:, alive], A[alive]
-    if A.shape[0] > min(B.shape[0], A.shape[1]):
-        U, s, Vh = product_svd(B, A)
-        B, A = U * s, Vh
-    return B, A
+    return _no_wider(B, A)
 
 
 # torch.linalg carries no types; these say them once.
@@ -174,8 +173,8 @@ CLEAR = {torch.float32: 1e-2, torch.float64: 1e-9}
 """By dtype, the smallest share of a vector's square that must lie outside the span of all others, if their Gram matrix is to be
 trusted: what is computed from it is then right to about ε over this share, 1e-5 and 2e-7."""
 
-VISIBLE = {torch.float32: 1e-3, torch.float64: 1e-9}
-"""By dtype, the smallest s_p² / s_1² that an eigenvalue of a Gram matrix still tells to 1e-4 and 1e-6."""
+VISIBLE = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""By dtype, the smallest s_p² / s_1² that an eigenvalue of a Gram matrix still tells from nothing."""
 
 MANY = 512
 """Rank of a stack from which leading directions are sought before all are computed."""
@@ -414,9 +413,12 @@ def error_and_energy(sent: Product, ideal: Product) -> tuple[float, float]:
     size, both, whole = (float(x.sum()) for x in (blocks[:R, :R], blocks[:R, R:], blocks[R:, R:]))
     noise = 1e-15 * float(blocks.abs().sum())
     if whole <= 0 or noise > 1e-12 * whole:
-        whole = norm(B_ideal, A_ideal).item() ** 2
-        size = norm(B, A).item() ** 2
-        return relative_error(sent, ideal), size / whole if whole > 0 else float(size == 0) or math.inf
+        whole, size = norm(B_ideal, A_ideal).item() ** 2, norm(B, A).item() ** 2
+        # What is left of parts this much larger is the rounding of float64.
+        nothing = 1e-26 * float(blocks[R:, R:].abs().sum())
+        if whole <= nothing:
+            return (0.0, 1.0) if size <= nothing else (math.inf, math.inf)
+        return relative_error(sent, ideal), size / whole
     return math.sqrt(max(0.0, size - 2 * both + whole) / whole), size / whole
 
 
@@ -453,15 +455,14 @@ def gram_blocks(Bs: Tensor, As: Tensor) -> tuple[Tensor, Tensor]:
     >>> C_B.shape, (C_B[0, 1] * C_A[0, 1]).sum().item()
     (torch.Size([2, 2, 1, 1]), 15.0)
     """
-    return _pairs(Bs), _pairs(As.mT)
+    return _pairs(Bs.movedim(-3, -2).flatten(-2), Bs.shape), _pairs(As.flatten(-3, -2).mT, Bs.shape)
 
 
-def _pairs(Ms: Tensor) -> Tensor:
-    """M_uᵀ M_w for all u, w, … × U × U × r × r in float64, from … × U × d × r."""
-    U, d, r = Ms.shape[-3:]
-    rows = Ms.double().movedim(-3, -2).reshape(-1, d, U * r)
-    G = torch.stack([gram(M) for M in rows])
-    return G.view(*Ms.shape[:-3], U, r, U, r).transpose(-3, -2).contiguous()
+def _pairs(stack: Tensor, shape: torch.Size) -> Tensor:
+    """M_uᵀ M_w for all u, w, … × U × U × r × r in float64, from [M_1 … M_U], … × d × U r; `shape` is … × U × d_out × r."""
+    (*batch, U, _, r) = shape
+    G = torch.stack([gram(M) for M in stack.double().reshape(-1, *stack.shape[-2:])])
+    return G.view(*batch, U, r, U, r).transpose(-3, -2).contiguous()
 
 
 def gram_form(C: Tensor, D: Tensor, x: Tensor) -> Tensor:

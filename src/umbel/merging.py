@@ -6,6 +6,7 @@ add to the frozen weight as extra rank beside them. The result is read back and 
 
 import collections
 import json
+import math
 import resource
 import sys
 import time
@@ -28,6 +29,12 @@ from umbel.server import update
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 STAGES = ("reading", "computing", "checking", "writing")
+
+WRITTEN = {"README.md", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "merge.json", "umbel.json"}
+"""Files of a merged folder; one that holds any other is not replaced."""
+
+UNFINISHED = ".unfinished"
+"""Stands in the temporary folder until it is whole, so that what a killed merge left is known from somebody's own."""
 
 AHEAD = 32 * 2**20
 """Bytes of uploads that the system is asked to read before they are needed, while the layer before them is computed."""
@@ -108,6 +115,7 @@ def merge(
     job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
     job.seconds["reading"] += time.perf_counter() - begun
     with _parents_of(target), new_folder(target) as temporary:
+        (temporary / UNFINISHED).touch()
         kinds: dict[str, Kind] = {name: _shape(job.adapters, name).kind for name in job.layers}
         writer = peft_folder.Writer(temporary, kinds, job.plain, DTYPES[dtype])
         try:
@@ -123,6 +131,7 @@ def merge(
         report["seconds"]["writing"] += time.perf_counter() - flushed
         report["seconds"]["total"] = time.perf_counter() - begun
         write_json(temporary / "merge.json", report)
+        (temporary / UNFINISHED).unlink()
     report["seconds"]["total"] = time.perf_counter() - begun
     return report
 
@@ -205,8 +214,8 @@ def plan(
         "layers": rows,
         "bytes_in": sum(adapter.bytes for adapter in job.adapters),
         "bytes_out": bytes_out,
-        # The process as it stands, what is read ahead, and a layer's stack with its copies in float64.
-        "memory_bytes": _peak_bytes() + AHEAD + 6 * most * (len(job.layers) if job.method.together else 1),
+        # The process as it stands, and a layer's stack with its copies, of which some are in float64.
+        "memory_bytes": _peak_bytes() + (8 if check else 4) * most * (len(job.layers) if job.method.together else 1),
         "seconds": seconds,
     }
 
@@ -305,7 +314,10 @@ class _Job:
                 with self.timed("checking"):
                     ideal_B = ideal[name]["B"] if len(owners[name]) == len(self.adapters) else ideal[name]["B"] * share
                     error, energy = algebra.error_and_energy((kept["B"], kept["A"]), (ideal_B, ideal[name]["A"]))
-                    found[name] |= {"error": error, "energy": energy}
+                    if not math.isfinite(error):
+                        self.notes.append(f"layer {name}: the mean of the updates is zero, and no error is relative to it")
+                    else:
+                        found[name] |= {"error": error, "energy": energy}
             if len(owners[name]) < len(self.adapters):
                 found[name]["clients"] = len(owners[name])
         return found
@@ -474,10 +486,18 @@ def _check_free(out: Path, paths: Sequence[str | Path]) -> None:
     for path in paths:
         if Path(path).resolve().is_relative_to(whole):
             raise MergeError(f"{out} is or holds one of the folders to merge, {path}; give another --out")
+    left = whole.with_name(whole.name + ".partial")
+    if left.exists() and not (left / UNFINISHED).is_file():
+        raise MergeError(f"{left} is in the way, and no merge left it; rename it, or give another --out")
     if Path.cwd().is_relative_to(whole):
         raise MergeError(f"{out} is or holds the folder you work in, which cannot be replaced; give --out a name of its own")
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "merge.json").is_file()))):
-        raise MergeError(f"{out} is there already and is no earlier merge; give another --out, or remove it")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise MergeError(f"{out} is there already and is no folder; give another --out, or remove it")
+    found = {path.name for path in out.iterdir()} if out.exists() else set[str]()
+    foreign = sorted(found - WRITTEN)
+    if foreign or (found and "merge.json" not in found):
+        what = f"holds {foreign[0]}" if foreign else "has no merge.json"
+        raise MergeError(f"{out} is there already and is no earlier merge: it {what}; give another --out, or remove it")
 
 
 @contextmanager

@@ -307,6 +307,8 @@ def judge(data: bytes, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Conte
     others: dict[str, tuple[int, ...]] = {}
     for key, shape in shapes:
         name = key.removeprefix(PREFIX)
+        if not key.isprintable():
+            raise FolderError(f"tensor {short(key)} has characters in its name that cannot be printed; leave this folder out")
         if name == key:
             raise FolderError(
                 f"tensor {short(key)} does not begin with {PREFIX!r}; save the adapter with PEFT's save_pretrained"

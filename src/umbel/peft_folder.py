@@ -63,7 +63,7 @@ class StoredAdapter:
     def read(self, layer: str) -> Factors:
         """Returns A (r × d_in) and B (d_out × r) in units of ΔW; float32, or float64 where the file has float64.
 
-        They are new tensors. May be called from several threads.
+        They are new tensors.
 
         Raises:
             FolderError: NaN, infinity or huge values, or the file is no longer what was opened.

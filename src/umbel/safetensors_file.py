@@ -11,6 +11,7 @@ import math
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,8 @@ def read_bytes(folder: Path, name: str, most: int) -> bytes:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{short(next(n for n in names if names.count(n) > 1))} twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{short(name)} twice")
     return result
 
 
@@ -229,9 +230,15 @@ class TensorFile:
             self.entries: Mapping[str, Entry] = entries(bytes(header), self.bytes - 8 - size)
         except ValueError as error:
             raise FolderError(f"{path}: wrong safetensors header: {error}; copy the file again") from None
+        # A file may have holes and be larger than any disk.
+        most, memory = max((e.bytes for e in self.entries.values()), default=0), _machine_bytes()
+        if most > memory // 2:
+            raise FolderError(
+                f"{path}: a tensor of {most} bytes; allowed on this machine: up to half its memory, {memory // 2}"
+            )
 
     def read(self, names: Sequence[str]) -> list[Tensor]:
-        """Returns new tensors with what the file holds, in its own dtypes. May be called from several threads.
+        """Returns new tensors with what the file holds, in its own dtypes.
 
         Raises:
             FolderError: The file has changed since it was opened, or cannot be read.
@@ -255,6 +262,11 @@ class TensorFile:
                 os.posix_fadvise(descriptor, entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)
+
+
+@functools.cache
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:

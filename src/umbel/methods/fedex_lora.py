@@ -10,7 +10,10 @@ and A_K takes the last block with it. The paper counts a rank of K r and finds t
 decomposition. With `residual_rank`, its "best inexact" version, the r′ largest singular directions of (4) are sent.
 """
 
+# pyright: reportConstantRedefinition=false
 from dataclasses import dataclass
+
+import torch
 
 from umbel import algebra
 from umbel.method import Download, Each, Factors, Method, MethodError, mean_of
@@ -38,10 +41,10 @@ class FedExLoRA(Method):
 
     def combine(self, got: list[tuple[Factors, float]], held: Factors) -> Download:
         mean, last = mean_of(got), got[-1][0]  # (1)
-        residual: algebra.Product | None = None
-        for factors, p in got[:-1]:
-            residual = algebra.add_products(residual, (p * (factors["B"] - mean["B"]), factors["A"] - last["A"]))  # (4)
-        if residual is not None and self.residual_rank is not None and residual[0].shape[-1] > self.residual_rank:
-            U, s, Vh = algebra.product_svd(*residual, self.residual_rank)
-            residual = U * s, Vh
-        return Download(factors=mean, merge=residual)  # (3)
+        if len(got) == 1:
+            return Download(factors=mean)
+        B = torch.cat([p * (own["B"] - mean["B"]) for own, p in got[:-1]], -1)  # (4)
+        A = torch.cat([own["A"] - last["A"] for own, _ in got[:-1]], -2)
+        if self.residual_rank is not None and B.shape[-1] > self.residual_rank:
+            B, A, _ = algebra.truncated_product(B, A, rank=self.residual_rank)
+        return Download(factors=mean, merge=algebra.compact(B, A))  # (3)

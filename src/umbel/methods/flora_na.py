@@ -95,9 +95,14 @@ def _half_step(H: Tensor, target: Tensor, last: Tensor) -> Tensor:
     return algebra.solve(H + ridge * torch.eye(len(last), dtype=H.dtype), target + ridge * last)  # (6)
 
 
+def _sums(chosen: Tensor, p: Tensor, xs: Tensor) -> Tensor:
+    wide = torch.promote_types(xs.dtype, torch.float32)
+    return (torch.stack([chosen, p]).to(wide) @ xs.flatten(1).to(wide)).view(2, *xs.shape[1:])
+
+
 def _mix(Bs: Tensor, As: Tensor, P: Tensor, Q: Tensor, p: Tensor) -> Download:
     """(1), with (cP, Q/c), which L does not see, chosen so that ‖B̂‖/‖Â‖ is FedIT's ratio."""
-    B, A, B_mean, A_mean = (torch.einsum("u,umn->mn", w, x.double()) for w, x in ((P, Bs), (Q, As), (p, Bs), (p, As)))
-    squares = [float(x.square().sum()) for x in (B_mean, A, A_mean, B)]
+    (B, B_mean), (A, A_mean) = _sums(P, p, Bs), _sums(Q, p, As)
+    squares = [float(x.square().sum(dtype=torch.float64)) for x in (B_mean, A, A_mean, B)]
     gauge = (squares[0] * squares[1] / (squares[2] * squares[3])) ** 0.25 if min(squares) > 0 else 1.0
     return Download(factors={"B": (B * gauge).to(Bs.dtype), "A": (A / gauge).to(As.dtype)})

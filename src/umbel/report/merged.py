@@ -122,7 +122,7 @@ def _error(own: Mapping[str, Any]) -> str:
 
 def _small(error: float) -> str:
     # Blocks of inner products tell no less apart.
-    return "< 1e-8" if error < 1e-8 else f"{error:.2g}"
+    return "< 1e-7" if error < 1e-7 else f"{error:.2g}"
 
 
 def _energy(own: Mapping[str, Any]) -> str:
