@@ -484,3 +484,20 @@ def test_the_product_of_a_fresh_adapter_is_zero_and_its_first_factor_is_everybod
         assert not (B @ A).any()
         assert same(factors, fresh_factors(layer, shape, 5))
         assert not torch.equal(factors["A"], fresh_factors(layer, shape, 6)["A"])
+
+
+NAMES = ["florist", "flexlora", "best_rank", "flora", "fedex_lora", "flora_na", "lora_fair", "hetlora"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1e12, 1e14])
+def test_a_client_with_enormous_values_that_are_allowed_does_not_end_the_round(name, size):
+    aggregator = Aggregator(load(name), server())
+    for client in range(3):
+        factors = upload(client)
+        if client == 1:
+            factors = {layer: {key: size * x for key, x in own.items()} for layer, own in factors.items()}
+        aggregator.add(client, 10, factors, {})
+    done = aggregator.done()
+    assert all(torch.isfinite(x).all() for own in done.downloads.values() for x in own.factors.values())
+    assert all(error >= 0 for error in (done.error or {}).values())

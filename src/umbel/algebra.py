@@ -10,6 +10,7 @@ spares every caller the question of cancellation; what comes back has the dtype 
 import hashlib
 import itertools
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -173,7 +174,7 @@ CLEAR = {torch.float32: 1e-2, torch.float64: 1e-9}
 """By dtype, the smallest share of a vector's square that must lie outside the span of all others, if their Gram matrix is to be
 trusted: what is computed from it is then right to about ε over this share, 1e-5 and 2e-7."""
 
-VISIBLE = {torch.float32: 1e-5, torch.float64: 1e-12}
+VISIBLE = {torch.float32: 1e-5, torch.float64: 1e-14}
 """By dtype, the smallest s_p² / s_1² that an eigenvalue of a Gram matrix still tells from nothing."""
 
 MANY = 512
@@ -209,14 +210,15 @@ def truncated_product(B: Tensor, A: Tensor, energy: float = 1.0, rank: int | Non
     if B.shape[1] > small:
         B, A = dense_product(B @ A)
     # Squares in float32 cannot tell small values from noise, so where all are wanted they are not asked.
+    wanted = _Wanted(energy, rank, dtype)
     all_wanted = energy >= 1 if rank is None else rank >= B.shape[1]
     rough = torch.finfo(dtype).bits <= 32 and not all_wanted
     for work in (torch.float32, torch.float64) if rough else (torch.float64,):
-        found = _svd_by_gram(B.to(work), A.to(work), energy, rank)
+        found = _svd_by_gram(B.to(work), A.to(work), wanted)
         if found is not None:
             return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
     U, s, Vh = product_svd(B, A, rank)
-    p = s.shape[0] if rank is not None else energy_rank(s, energy)
+    p = wanted.kept(s)
     return U[:, :p] * s[:p], Vh[:p], s[:p]
 
 
@@ -246,7 +248,19 @@ def dense_product(M: Tensor) -> Product:
     return (M, torch.eye(d_in, dtype=M.dtype, device=M.device)) if d_in <= d_out else (torch.eye(d_out).to(M), M)
 
 
-def _svd_by_gram(B: Tensor, A: Tensor, energy: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+@dataclass(frozen=True)
+class _Wanted:
+    """What `truncated_product` was asked for; noise is what the dtype that came in cannot tell from zero."""
+
+    energy: float
+    rank: int | None
+    dtype: torch.dtype
+
+    def kept(self, s: Tensor) -> int:
+        return energy_rank(s.to(self.dtype), self.energy) if self.rank is None else min(self.rank, s.shape[0])
+
+
+def _svd_by_gram(B: Tensor, A: Tensor, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor] | None:
     """(1) of `truncated_product` in the dtype that the factors have; None where that does not do."""
     G, H = gram(A.mT), gram(B)
     total = float((G * H).sum(-1, dtype=torch.float64).sum())  # trace of Lᵀ H L, the squares' sum
@@ -254,9 +268,9 @@ def _svd_by_gram(B: Tensor, A: Tensor, energy: float, rank: int | None) -> tuple
         return None
     found = _cholesky(G)
     if found is not None:
-        return _svd_by_cholesky(B, A, *found, H, total, energy, rank)
+        return _svd_by_cholesky(B, A, *found, H, total, wanted)
     found = _cholesky(H)
-    mirrored = None if found is None else _svd_by_cholesky(A.mT, B.mT, *found, G, total, energy, rank)
+    mirrored = None if found is None else _svd_by_cholesky(A.mT, B.mT, *found, G, total, wanted)
     if mirrored is None:
         return None
     V_s, U_t, s = mirrored
@@ -291,13 +305,13 @@ def _inverse(L: Tensor) -> Tensor:
 
 
 def _svd_by_cholesky(
-    B: Tensor, A: Tensor, L: Tensor, inverse: Tensor, H: Tensor, total: float, energy: float, rank: int | None
+    B: Tensor, A: Tensor, L: Tensor, inverse: Tensor, H: Tensor, total: float, wanted: _Wanted
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     R = L.shape[0]
-    found = _leading(L, H, total, energy, rank) if R >= MANY else None
+    found = _leading(L, H, total, wanted.energy, wanted.rank) if R >= MANY else None
     squares, V = found or _descending(_congruence(L, H))
     s = squares.clamp_min(0).sqrt()
-    p = min(rank, R) if rank is not None else s.shape[0] if found else energy_rank(s, energy)
+    p = s.shape[0] if found else wanted.kept(s)
     if not squares[p - 1] > VISIBLE[L.dtype] * squares[0]:
         return None
     s, V = s[:p], V[:, :p].contiguous()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -161,11 +162,13 @@ def aggregate(
     if len(states) != len(configs):
         raise MergeError(f"got {len(states)} states and {len(configs)} configs; one config for each state")
     adapters = [peft_folder.from_state(s, c, f"client {k}") for k, (s, c) in enumerate(zip(states, configs))]
+    begun = time.perf_counter()
     job = _job(adapters, method, options, weights, rank, dtype, force, check)
     sink = _Memory(adapters, DTYPES[dtype])
     layers = job.run(sink, lambda last, done, total: None)
-    size = sum(x.numel() * x.element_size() for x in sink.state.values())
-    return sink.state, job.config(layers), job.report(layers, bytes_out=size)
+    report = job.report(layers, bytes_out=sum(x.numel() * x.element_size() for x in sink.state.values()))
+    report["seconds"]["total"] = time.perf_counter() - begun
+    return sink.state, job.config(layers), report
 
 
 def plan(
@@ -275,52 +278,66 @@ class _Job:
     def _merge(
         self, group: Sequence[str], owners: Mapping[str, list[int]], uploads: Iterator[Factors], sink: Sink
     ) -> dict[str, dict[str, Any]]:
+        """Merges the layers of one call of `combine_layers`."""
         got: dict[str, Any] = {}
         held: dict[str, Factors] = {}
-        ideal: dict[str, Factors] = {}
+        ideal: dict[str, algebra.Product] = {}
         for name in group:
-            collector = self.method.collect()
-            exact = Stack() if self.check else None
-            for k in owners[name]:
-                factors = next(uploads)
-                with self.timed("computing"):
-                    self._add(collector, factors, k, name)
-                if exact is not None:
-                    with self.timed("checking"):
-                        # In float64: the stack of a method is in float32, and its roundings would not be seen.
-                        exact.add({key: x.double() for key, x in factors.items()}, self.weights[k])
-            with self.timed("computing"):
-                got[name] = collector.done()
-                # Before the uploads there is nothing: ΔW = 0, at the rank of the largest.
-                shape = _shape(self.adapters, name)
-                r = max(self.adapters[k].layers[name].rank for k in owners[name])
-                held[name] = {"A": torch.zeros(r, shape.d_in), "B": torch.zeros(shape.d_out, r)}
+            got[name], exact = self._collect(name, owners[name], uploads)
+            # Before the uploads there is nothing: ΔW = 0, at the rank of the largest.
+            shape, r = _shape(self.adapters, name), max(self.adapters[k].layers[name].rank for k in owners[name])
+            held[name] = {"A": torch.zeros(r, shape.d_in), "B": torch.zeros(shape.d_out, r)}
             if exact is not None:
-                with self.timed("checking"):
-                    ideal[name] = exact.done()
+                ideal[name] = exact
         with self.timed("computing"):
             downloads = self.method.combine_layers(got, held)
         found: dict[str, dict[str, Any]] = {}
         for name, download in downloads.items():
             with self.timed("computing"):
-                B, A = self._fitted(algebra.compact(*update(name, download, held[name])))
-                share = sum(self.weights[k] for k in owners[name]) / sum(self.weights)
-                if len(owners[name]) < len(self.adapters):
-                    B = B * share  # who lacks the layer has ΔW = 0 there
+                merged = self._fitted(algebra.compact(*update(name, download, held[name])))
+                merged = self._shared(merged, owners[name])
             with self.timed("writing"):
-                kept = sink.layer(name, B, A)
-            found[name] = {"error": None, "rank": B.shape[1], "energy": None}
-            if self.check:
+                kept = sink.layer(name, *merged)
+            found[name] = {"error": None, "rank": merged[0].shape[1], "energy": None}
+            if name in ideal:
                 with self.timed("checking"):
-                    ideal_B = ideal[name]["B"] if len(owners[name]) == len(self.adapters) else ideal[name]["B"] * share
-                    error, energy = algebra.error_and_energy((kept["B"], kept["A"]), (ideal_B, ideal[name]["A"]))
-                    if not math.isfinite(error):
-                        self.notes.append(f"layer {name}: the mean of the updates is zero, and no error is relative to it")
-                    else:
-                        found[name] |= {"error": error, "energy": energy}
+                    found[name] |= self._compared(name, (kept["B"], kept["A"]), self._shared(ideal[name], owners[name]))
             if len(owners[name]) < len(self.adapters):
                 found[name]["clients"] = len(owners[name])
         return found
+
+    def _collect(self, name: str, owners: list[int], uploads: Iterator[Factors]) -> tuple[Any, algebra.Product | None]:
+        """Returns what the method's collector makes of one layer, and the exact mean of the products where it is checked."""
+        collector = self.method.collect()
+        exact = Stack() if self.check else None
+        for k in owners:
+            factors = next(uploads)
+            with self.timed("computing"):
+                self._add(collector, factors, k, name)
+            if exact is not None:
+                with self.timed("checking"):
+                    # In float64: the stack of a method is in float32, and its roundings would not be seen.
+                    exact.add({key: x.double() for key, x in factors.items()}, self.weights[k])
+        with self.timed("computing"):
+            got = collector.done()
+        if exact is None:
+            return got, None
+        with self.timed("checking"):
+            stack = exact.done()
+        return got, (stack["B"], stack["A"])
+
+    def _shared(self, merged: algebra.Product, owners: list[int]) -> algebra.Product:
+        """Who lacks a layer has ΔW = 0 there, and the mean over those who have it counts by their share."""
+        if len(owners) == len(self.adapters):
+            return merged
+        return merged[0] * (sum(self.weights[k] for k in owners) / sum(self.weights)), merged[1]
+
+    def _compared(self, name: str, kept: algebra.Product, ideal: algebra.Product) -> dict[str, float]:
+        error, energy = algebra.error_and_energy(kept, ideal)
+        if math.isfinite(error):
+            return {"error": error, "energy": energy}
+        self.notes.append(f"layer {name}: the mean of the updates is zero, and no error is relative to it")
+        return {}
 
     def _add(self, collector: Collector, factors: Factors, k: int, name: str) -> None:
         try:
@@ -454,7 +471,7 @@ def _weights(
         if len(given) != len(adapters):
             raise MergeError(f"weights: got {len(given)}, allowed: {len(adapters)}, one for each folder")
         for weight, adapter in zip(given, adapters):
-            if not (isinstance(weight, int | float) and 0 < weight <= 1e12):
+            if not (isinstance(weight, Real) and 0 < weight <= 1e12):
                 raise MergeError(
                     f"weights: got {weight!r} for {adapter.name}, allowed: above 0, at most 1e12; leave out who counts 0"
                 )
