@@ -21,7 +21,7 @@ PEAK = Path(__file__).with_name("peak.py")
 START = [sys.executable, "-c", "import torch; import umbel.cli"]
 UMBEL = [sys.executable, "-c", "from umbel.cli import main; main()"]
 LONGEST = 600  # seconds that one command may take
-PATIENCE = 60.0  # seconds; what took longer at first is not repeated
+PATIENCE = 20.0  # seconds; what took longer at first is not repeated
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ WRITTEN = {"README.md", "adapter_config.json", "adapter_model.safetensors", "hea
 UNFINISHED = ".unfinished"
 """Stands in the temporary folder until it is whole, so that what a killed merge left is known from somebody's own."""
 
-AHEAD = 32 * 2**20
-"""Bytes of uploads that the system is asked to read before they are needed, while the layer before them is computed."""
+AHEAD = 256 * 2**20
+"""Bytes that the system is asked to have in its cache before they are needed, shared by all clients' files."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what was done last, layers done, layers in all."""
@@ -534,17 +534,26 @@ def _parents_of(out: Path) -> Iterator[None]:
 def _uploads(
     adapters: Sequence[StoredAdapter], wanted: Sequence[tuple[int, str]], seconds: dict[str, float]
 ) -> Iterator[Factors]:
-    """Yields the factors of (client, layer) pairs in order; the system is told a little ahead which will be read next."""
-    told = ahead = 0
-    for at, (k, name) in enumerate(wanted):
+    """Yields the factors of (client, layer) pairs in order; the system is told ahead what will be read of each file."""
+    own: dict[int, list[str]] = collections.defaultdict(list)
+    for k, name in wanted:
+        own[k].append(name)
+    at, told = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
+
+    def tell(k: int) -> None:
+        begin, size = told[k], 0
+        while told[k] < len(own[k]) and (told[k] == begin or size <= AHEAD // len(own)):
+            size += adapters[k].size(own[k][told[k]])
+            told[k] += 1
+        adapters[k].announce(own[k][begin : told[k]])
+
+    for k in own:
+        tell(k)
+    for k, name in wanted:
         begun = time.perf_counter()
-        ahead -= adapters[k].size(name) if at < told else 0
-        while told < len(wanted) and ahead <= AHEAD:
-            next_k, next_name = wanted[told]
-            if told > at:
-                ahead += adapters[next_k].size(next_name)
-                adapters[next_k].announce(next_name)
-            told += 1
+        at[k] += 1
+        if at[k] == told[k] < len(own[k]):
+            tell(k)
         factors = adapters[k].read(name)
         seconds["reading"] += time.perf_counter() - begun
         yield factors

@@ -83,10 +83,10 @@ class StoredAdapter:
         about = self.layers[layer]
         return 4 * about.rank * (about.d_in + about.d_out)
 
-    def announce(self, layer: str) -> None:
-        """Tells the system that a layer will soon be read, so that the disk works while something else is computed."""
+    def announce(self, layers: Sequence[str]) -> None:
+        """Tells the system that layers will soon be read, so that the disk works while something else is computed."""
         if self._announce is not None:
-            self._announce(keys(layer, self.layers[layer].kind))
+            self._announce([key for layer in layers for key in keys(layer, self.layers[layer].kind)])
 
     def read_plain(self, name: str) -> Tensor:
         """Returns a parameter that is not a factor; float32, or float64 where the file has float64.

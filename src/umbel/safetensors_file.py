@@ -257,11 +257,21 @@ class TensorFile:
             return
         descriptor = _open(self._real, self._path)
         try:
-            for name in names:
-                entry = self.entries[name]
-                os.posix_fadvise(descriptor, entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
+            end = -1
+            begin = 0
+            for entry in sorted((self.entries[name] for name in names), key=lambda entry: entry.start):
+                if entry.start > end:
+                    _willneed(descriptor, begin, end)
+                    begin = entry.start
+                end = entry.start + entry.bytes
+            _willneed(descriptor, begin, end)
         finally:
             os.close(descriptor)
+
+
+def _willneed(descriptor: int, begin: int, end: int) -> None:
+    if end > begin:
+        os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 @functools.cache
