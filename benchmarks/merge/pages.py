@@ -64,7 +64,7 @@ def others(tables: Table) -> list[Row]:
 def commands(tables: Table) -> list[Row]:
     """The whole command, with the check of its result and without, beside reading and writing alone."""
     stages = ["reading", "computing", "checking", "writing"]
-    floors = ["read alone", "write alone", "wall / both", "merge / both"]
+    floors = ["read alone", "write alone", "merge / both"]
     rows = [
         ["model", "clients", "method", "check", "wall, s", "merge", *stages, *floors, "in", "out", "mean rank", "worst error"]
     ]
@@ -72,17 +72,19 @@ def commands(tables: Table) -> list[Row]:
         for row in case["rows"]:
             about = [case["model"], f"{case['clients']:,}", f"`{row['method']}`", "yes" if row["checked"] else "no"]
             if "failed" in row:
-                rows.append([*about, row["failed"], *[words.MISSING] * 13])
+                rows.append([*about, row["failed"], *[words.MISSING] * 12])
                 continue
             floor = case["read_seconds"] + row["write_seconds"]
             spent = [row["stages"].get(stage) for stage in stages]
-            ratios = [row["seconds"] / floor, row["stages"]["total"] / floor]
             alone = [case["read_seconds"], row["write_seconds"]]
-            times = [*map(_seconds, [row["seconds"], row["stages"]["total"], *spent, *alone]), *(f"{x:.2f}" for x in ratios)]
+            times = [
+                *map(_seconds, [row["seconds"], row["stages"]["total"], *spent, *alone]),
+                f"{row['stages']['total'] / floor:.1f}",
+            ]
             result = [
                 words.size(case["bytes_in"]),
                 words.size(row["bytes_out"]),
-                f"{row['rank']:g}",
+                f"{row['rank']:.4g}",
                 words.error(row["error_worst"]),
             ]
             rows.append([*about, *times, *result])
@@ -129,7 +131,7 @@ def extrapolated(tables: Table) -> list[Row]:
     kernels = {(case["clients"], case["kind"]): found for case, found in reversed(list(_kernels(tables)))}
     for case in _first(tables):
         found = kernels.get((case["clients"], case["kind"]), {})
-        own = {row["method"]: row for row in case["rows"] if row["checked"] and "failed" not in row}
+        own = {row["method"]: row for row in case["rows"] if not row["checked"] and "failed" not in row}
         for name in rivals:
             if name in found and found[name]["beside"] in own:
                 label, seconds = found[name]["beside"], found[name]["seconds"] * case["layers"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from umbel import __version__, algebra, peft_folder
-from umbel.method import Collector, Each, Factors, Mean, Method, MethodError, Stack, load, names, taking_mixed_ranks
+from umbel.method import Collector, Factors, Mean, Method, MethodError, Stack, load, names, taking_mixed_ranks
 from umbel.peft_config import PREFIX, Kind, Layer, keys
 from umbel.peft_folder import StoredAdapter
 from umbel.record import new_folder, write_json
@@ -184,6 +184,8 @@ def plan(
 ) -> dict[str, Any]:
     """Says what `merge` would do: one layer of each shape is merged in memory, and its cost taken for all of that shape.
 
+    A method that combines all layers at once is run on all of them.
+
     Returns:
         method, clients, weights, notes; layers by shape with their ranks; and foretold bytes_out, memory_bytes and seconds.
     """
@@ -194,7 +196,7 @@ def plan(
         ranks = tuple(a.layers[name].rank if name in a.layers else 0 for a in job.adapters)
         like[shape.d_out, shape.d_in, shape.kind, ranks].append(name)
     rows: list[dict[str, Any]] = []
-    seconds, bytes_out, most = 0.0, 0, 0
+    seconds, bytes_out = 0.0, 0
     for (d_out, d_in, _, ranks), alike in like.items():
         sample = alike if job.method.together else alike[:1]
         begun = time.perf_counter()
@@ -203,9 +205,6 @@ def plan(
         seconds += times * (time.perf_counter() - begun)
         rank_out = max(found[name]["rank"] for name in sample)
         bytes_out += len(alike) * rank_out * (d_out + d_in) * DTYPES[dtype].itemsize
-        stack = min(sum(ranks), min(d_out, d_in)) * (d_out + d_in)
-        kept = sum(ranks) * (d_out + d_in) if job.method.collect is Each else stack
-        most = max(most, 4 * (kept if job.method.collect is not Mean or check else max(ranks) * (d_out + d_in)))
         own = [r for r in ranks if r]
         rows.append(
             {"layers": len(alike), "d_out": d_out, "d_in": d_in, "ranks_in": [min(own), max(own)], "rank": rank_out}
@@ -217,8 +216,8 @@ def plan(
         "layers": rows,
         "bytes_in": sum(adapter.bytes for adapter in job.adapters),
         "bytes_out": bytes_out,
-        # The process as it stands, and a layer's stack with its copies, of which some are in float64.
-        "memory_bytes": _peak_bytes() + (8 if check else 4) * most * (len(job.layers) if job.method.together else 1),
+        # A layer of each shape has been merged by now, and one at a time is all that a merge holds.
+        "memory_bytes": _peak_bytes(),
         "seconds": seconds,
     }
 
