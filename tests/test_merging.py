@@ -270,3 +270,49 @@ def test_a_mean_of_nothing_has_no_relative_error_and_json_stays_json(tmp_path):
     assert report["layers"]["q"] == {"error": None, "rank": 1, "energy": None}
     assert "the mean of the updates is zero" in report["notes"][0]
     json.loads(json.dumps(report, allow_nan=False))
+
+
+def test_one_merge_at_a_time_writes_into_a_folder(tmp_path):
+    for k in range(2):
+        adapter(tmp_path / str(k), seed=k)
+    paths = [tmp_path / str(k) for k in range(2)]
+    said = []
+
+    def meanwhile(last, done, total):
+        with pytest.raises(merging.MergeError, match="another merge is writing") as refused:
+            umbel.merge(paths[:1], tmp_path / "out")
+        said.append(refused)
+
+    report = umbel.merge(paths, tmp_path / "out", progress=meanwhile)
+    assert len(said) == 2
+    assert json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))["clients"] == report["clients"]
+    umbel.merge(paths, tmp_path / "out")
+
+
+def test_slips_are_said(tmp_path):
+    adapter(tmp_path / "a")
+    paths = [tmp_path / "a", str(tmp_path / "a") + "/"]
+    assert "was given 2 times" in umbel.merge(iter(paths), tmp_path / "out")["notes"][0]
+    with pytest.raises(merging.MergeError, match="wanted a list of folders"):
+        umbel.merge(str(tmp_path / "a"), tmp_path / "out")
+    report = umbel.merge(paths, tmp_path / "out", method="florist", weights=torch.tensor([1.0, 3.0]))
+    assert report["method"] == {"name": "florist", "energy": 0.9, "adopt": "load"}
+    assert {"merge", "aggregate"} <= set(dir(umbel))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("florist", {"energy": "abc"}, r"energy: got 'abc', wanted float \| None"),
+        ("florist", {"energy": True}, "energy: got True"),
+        ("florist", {"rank": 2.5}, r"rank: got 2\.5, wanted int \| None"),
+        ("florist", {"adopt": 3}, "adopt: got 3"),
+        ("hetlora", {"gamma": "x"}, "gamma: got 'x', wanted float"),
+        ("./florist", {}, "no method './florist'"),
+        ("", {}, "no method ''"),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused_in_a_line(name, options, said, tmp_path):
+    adapter(tmp_path / "a")
+    with pytest.raises(MethodError, match=said):
+        umbel.merge([tmp_path / "a"], tmp_path / "out", method=name, options=options)

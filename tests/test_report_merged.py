@@ -20,6 +20,7 @@ def report(layers, **changed):
         "weights_from": "given",
         "notes": ["layer [bold]odd[/bold]: not in site-2 (counts as zero there)"],
         "layers": layers,
+        "plain": ["classifier.weight"],
         "bytes_in": 3_000_000,
         "bytes_out": 1_000_000,
         "peak_memory_bytes": 250_000_000,
@@ -38,6 +39,7 @@ def test_every_layer_has_its_row_while_they_are_few():
     assert ["a.q", "0.31", "7", "0.9040"] in rows(merged_table(told))
     assert ["a.v", "<", "1e-7", "8", "1.0000"] in rows(merged_table(told))
     assert "weights: as given (0.333, 0.333, 0.333). in 3.00 MB, out 1.00 MB, peak memory 250 MB." in text
+    assert "also averaged, not in the error: classifier.weight." in text
     assert "note: layer [bold]odd[/bold]: not in site-2" in text
 
 

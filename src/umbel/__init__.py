@@ -9,6 +9,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
+__all__ = ["aggregate", "merge"]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     # When first asked for, so that importing umbel stays light.
     if name in ("aggregate", "merge"):

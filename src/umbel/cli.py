@@ -134,7 +134,7 @@ def merge(
         asked: dict[str, Any] = {"method": method, "options": options, "weights": given, "rank": rank, "dtype": dtype}
         asked |= {"force": force, "check": check}
         if dry_run:
-            told = merging.plan(folders, **asked)
+            told = merging.plan(folders, out=out, **asked)
             table = report.plan_table(told)
         elif out is None:
             raise config.ConfigError("give --out FOLDER, or --dry-run to see what would happen")

@@ -468,7 +468,7 @@ def override(table: dict[str, Any], assignment: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)", text.strip()) else text  # .9 and 1. are no TOML
     *above, last = path.strip().split(".")
     result = dict(table)
     place = result

@@ -5,13 +5,16 @@ add to the frozen weight as extra rank beside them. The result is read back and 
 """
 
 import collections
+import dataclasses
+import fcntl
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -111,12 +114,12 @@ def merge(
         OSError: The disk is full, for example.
     """
     begun = time.perf_counter()
-    target = Path(out)
+    target, paths = Path(out), _listed(paths)
     _check_free(target, paths)
     job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
+    job.notes += _repeated(paths)
     job.seconds["reading"] += time.perf_counter() - begun
-    with _parents_of(target), new_folder(target) as temporary:
-        (temporary / UNFINISHED).touch()
+    with _parents_of(target), _unfinished(target, paths) as temporary:
         kinds: dict[str, Kind] = {name: _shape(job.adapters, name).kind for name in job.layers}
         writer = peft_folder.Writer(temporary, kinds, job.plain, DTYPES[dtype])
         try:
@@ -181,6 +184,7 @@ def plan(
     dtype: str = "float32",
     force: bool = False,
     check: bool = True,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Says what `merge` would do: one layer of each shape is merged in memory, and its cost taken for all of that shape.
 
@@ -189,7 +193,11 @@ def plan(
     Returns:
         method, clients, weights, notes; layers by shape with their ranks; and foretold bytes_out, memory_bytes and seconds.
     """
+    paths = _listed(paths)
+    if out is not None:
+        _check_free(Path(out), paths)
     job = _job([peft_folder.open_folder(path) for path in paths], method, options, weights, rank, dtype, force, check)
+    job.notes += _repeated(paths)
     like: dict[tuple[Any, ...], list[str]] = collections.defaultdict(list)
     for name in job.layers:
         shape = _shape(job.adapters, name)
@@ -415,10 +423,14 @@ def _job(
 ) -> _Job:
     if not adapters:
         raise MergeError("no adapters; give the folders to merge")
-    if name is None and options:
-        raise MergeError(f"options {', '.join(options)} without a method; name it, e.g. florist")
-    name, own = name or "florist", dict(options or {}) if name else {"energy": 1.0, "adopt": "merge"}
+    own = dict(options or {})
+    if name is None:
+        if own:
+            raise MergeError(f"options {', '.join(own)} without a method; name it, e.g. florist")
+        name, own = "florist", {"energy": 1.0, "adopt": "merge"}
     chosen = load(name, **own)
+    if dataclasses.is_dataclass(chosen):
+        own = {key: value for key, value in dataclasses.asdict(chosen).items() if value is not None}
     refusal = _refusal(chosen)
     if refusal is not None:
         raise MergeError(f"method {name!r} {refusal}. From finished adapters work: {', '.join(usable())}")
@@ -469,6 +481,7 @@ def _weights(
     if given is not None:
         if len(given) != len(adapters):
             raise MergeError(f"weights: got {len(given)}, allowed: {len(adapters)}, one for each folder")
+        given = [weight.item() if isinstance(weight, Tensor) else weight for weight in given]
         for weight, adapter in zip(given, adapters):
             if not (isinstance(weight, Real) and 0 < weight <= 1e12):
                 raise MergeError(
@@ -497,6 +510,35 @@ def _shape(adapters: Sequence[StoredAdapter], name: str) -> Layer:
     return next(adapter.layers[name] for adapter in adapters if name in adapter.layers)
 
 
+def _listed(paths: Sequence[str | Path]) -> list[str | Path]:
+    if isinstance(paths, str | Path):
+        raise MergeError(f"paths: got {str(paths)!r}, wanted a list of folders")
+    return list(paths)
+
+
+def _repeated(paths: Sequence[str | Path]) -> list[str]:
+    """Says which folders were given more than once, under whatever name: mostly a slip, but it may be meant."""
+    given = collections.Counter(Path(path).resolve() for path in paths)
+    return [f"{path} was given {n} times and counts {n} times" for path, n in given.items() if n > 1][:3]
+
+
+@contextmanager
+def _unfinished(out: Path, paths: Sequence[str | Path]) -> Iterator[Path]:
+    """Yields the temporary folder that becomes `out`; only one process at a time merges into one folder."""
+    with ExitStack() as held:
+        # Held for a moment only: between looking and making nobody else may do either.
+        folder = os.open(out.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            _check_free(out, paths)
+            temporary = held.enter_context(new_folder(out))
+            mark = held.enter_context((temporary / UNFINISHED).open("w"))
+            fcntl.flock(mark, fcntl.LOCK_EX)
+        finally:
+            os.close(folder)
+        yield temporary
+
+
 def _check_free(out: Path, paths: Sequence[str | Path]) -> None:
     whole = out.resolve()
     for path in paths:
@@ -505,6 +547,12 @@ def _check_free(out: Path, paths: Sequence[str | Path]) -> None:
     left = whole.with_name(whole.name + ".partial")
     if left.exists() and not (left / UNFINISHED).is_file():
         raise MergeError(f"{left} is in the way, and no merge left it; rename it, or give another --out")
+    if left.exists():
+        with (left / UNFINISHED).open() as mark:
+            try:
+                fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MergeError(f"another merge is writing {out}; wait for it, or give another --out") from None
     if Path.cwd().is_relative_to(whole):
         raise MergeError(f"{out} is or holds the folder you work in, which cannot be replaced; give --out a name of its own")
     if out.is_symlink() or (out.exists() and not out.is_dir()):

@@ -13,6 +13,8 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import types
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -350,6 +352,8 @@ def find(name: str) -> type[Method]:
     """
     path = name if "." in name else f"umbel.methods.{name}"
     try:
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise ModuleNotFoundError(name=path)
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
@@ -385,4 +389,20 @@ def load(name: str, **options: Any) -> Method:
             hint = f"Did you mean {near[0]!r}? " if near else ""
             allowed = ", ".join(known) or "none"
             raise MethodError(f"method {name!r} has no option {key!r}. {hint}Its options: {allowed}")
+    hints = typing.get_type_hints(cls)
+    for key, value in options.items():
+        if not _is_a(value, hints[key]):
+            wanted = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
+            raise MethodError(f"method {name!r}: {key}: got {value!r}, wanted {wanted}")
     return cls(**options)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of an option's type; true where the type is none of those that files and commands can say."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_is_a(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return any(type(value) is type(one) for one in typing.get_args(hint))  # which of them, the method says
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, type(None)) else True

@@ -1,5 +1,6 @@
 """Tables of `umbel merge`: what came out, layer by layer, and what would."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def merged_table(report: Mapping[str, Any]) -> "Group":
     Args:
         report: What `umbel.merge` returns.
     """
-    layers: Mapping[str, Any] = report["layers"]
+    layers = dict(sorted(report["layers"].items(), key=lambda item: _natural(item[0])))
     table = _table(f"{_method(report)}, {words.count(len(report['clients']), 'adapter')}", "layer", "error", "rank", "energy")
     if len(layers) <= MOST_ROWS:
         for name, own in layers.items():
@@ -39,9 +40,12 @@ def merged_table(report: Mapping[str, Any]) -> "Group":
             )
     seconds = report["seconds"]
     stages = ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in ("reading", "computing", "checking", "writing"))
+    legend = "error: ‖ΔW written − Σ p ΔW‖ / ‖Σ p ΔW‖, from the file as it was read back; energy: ‖ΔW written‖² / ‖Σ p ΔW‖².\n"
+    plain = report["plain"]
     text = (
-        "error: ‖ΔW written − Σ p ΔW‖ / ‖Σ p ΔW‖, from the file as it was read back; energy: ‖ΔW written‖² / ‖Σ p ΔW‖².\n"
-        f"weights: {_weights(report)}. in {words.size(report['bytes_in'])}, out {words.size(report['bytes_out'])}, "
+        (legend if any(own["error"] is not None for own in layers.values()) else "")
+        + (f"also averaged, not in the error: {', '.join(plain[:4])}{' …' * (len(plain) > 4)}.\n" if plain else "")
+        + f"weights: {_weights(report)}. in {words.size(report['bytes_in'])}, out {words.size(report['bytes_out'])}, "
         f"peak memory {words.size(report['peak_memory_bytes'])}.\n"
         f"{words.duration(seconds['total'])}: {stages}."
     )
@@ -110,6 +114,11 @@ def _weights(told: Mapping[str, Any]) -> str:
     if told["weights_from"] == "equal" or len(shares) > 12:
         return source
     return f"{source} ({', '.join(f'{share:.3g}' for share in shares)})"
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _lacking(report: Mapping[str, Any], own: Mapping[str, Any]) -> str:
