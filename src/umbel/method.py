@@ -389,9 +389,12 @@ def load(name: str, **options: Any) -> Method:
             hint = f"Did you mean {near[0]!r}? " if near else ""
             allowed = ", ".join(known) or "none"
             raise MethodError(f"method {name!r} has no option {key!r}. {hint}Its options: {allowed}")
-    hints = typing.get_type_hints(cls)
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # a method of somebody's own may name types that only a type checker imports
+        hints = {}
     for key, value in options.items():
-        if not _is_a(value, hints[key]):
+        if key in hints and not _is_a(value, hints[key]):
             wanted = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
             raise MethodError(f"method {name!r}: {key}: got {value!r}, wanted {wanted}")
     return cls(**options)
