@@ -70,11 +70,11 @@ class _Memory:
         kept = {"B": B.to(self.dtype).contiguous(), "A": A.to(self.dtype).contiguous()}
         for key, factor in zip(keys(name, _shape(self.adapters, name).kind), ("B", "A")):
             self.state[key] = kept[factor]
-        return {factor: x if x.dtype == torch.float64 else x.float() for factor, x in kept.items()}
+        return {factor: peft_folder.wide(x) for factor, x in kept.items()}
 
     def plain(self, name: str, x: Tensor) -> Tensor:
         self.state[PREFIX + name] = kept = x.to(self.dtype)
-        return kept if kept.dtype == torch.float64 else kept.float()
+        return peft_folder.wide(kept)
 
 
 def merge(

@@ -157,7 +157,8 @@ class Stack:
     """Keeps the stacks B = [B_1 … B_K] and A = [p_1 A_1; …; p_K A_K], whose product is Σ p_k B_k A_k exactly.
 
     Weights enter once, on A. Takes mixed ranks. Stacks wider than the matrix are added up to it on the way, and come back as
-    (Σ p_k B_k A_k, I) or (I, Σ p_k B_k A_k): never more than d_out × d_in numbers are kept, whatever the number of clients.
+    (Σ p_k B_k A_k, I) or (I, Σ p_k B_k A_k): their sum and at most one stack as wide as the matrix are kept, whatever the
+    number of clients.
 
     >>> stack = Stack()
     >>> stack.add({"B": torch.ones(3, 1), "A": torch.ones(1, 2)}, 1)

@@ -98,7 +98,7 @@ class StoredAdapter:
             (x,) = self._head.read([name[len(HEAD) + 1 :]])
         else:
             (x,) = self._fetch([PREFIX + name])
-        x = x if x.dtype == torch.float64 else x.float()
+        x = wide(x)
         self._check(x, short(name))
         return x
 
@@ -341,13 +341,13 @@ class Writer:
             OSError: The disk is full, for example.
         """
         kept = [self._file.add(key, x) for key, x in zip(keys(name, self._layers[name]), (B, A), strict=True)]
-        return {"B": _wide(kept[0]), "A": _wide(kept[1])}
+        return {"B": wide(kept[0]), "A": wide(kept[1])}
 
     def plain(self, name: str, x: Tensor) -> Tensor:
         """Writes a parameter that is not a factor, and returns it as `layer` returns factors."""
         if self._head is not None and name.startswith(HEAD):
-            return _wide(self._head.add(name[len(HEAD) + 1 :], x))
-        return _wide(self._file.add(PREFIX + name, x))
+            return wide(self._head.add(name[len(HEAD) + 1 :], x))
+        return wide(self._file.add(PREFIX + name, x))
 
     def close(self, config: Mapping[str, Any]) -> None:
         """Ends the file and writes adapter_config.json beside it; `bytes` then is the size of the tensors' file."""
@@ -362,7 +362,8 @@ class Writer:
             self._head.release()
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Returns a tensor in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
