@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,14 +82,21 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for one process; a second one is refused. A killed process lets go by itself."""
+def locked(folder: Path, seconds: float = 0) -> Iterator[None]:
+    """Holds a folder for one process; a second one waits so many seconds and is refused. A killed process lets go by itself."""
     folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + seconds
     with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecordError(f"{folder} is in use by another umbel process; wait for it, or give another folder") from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise RecordError(
+                        f"{folder} is in use by another umbel process; wait for it, or give another folder"
+                    ) from None
+                time.sleep(0.2)
         yield
 
 
@@ -167,6 +175,11 @@ class Record:
         lines = [line for line in self.lines() if line["round"] < last["round"]] + [last]
         write_file(self.folder / "rounds.jsonl", b"".join(_json(line) for line in lines))
         return message.header["server"], message.tensors, last
+
+    def rows(self) -> int:
+        """Returns the training rows of all clients, as they said when they joined."""
+        restored = self.restore()
+        return sum(restored[0]["rows"].values()) if restored else 0
 
     def lines(self) -> list[dict[str, Any]]:
         """Returns the rounds so far; a line torn by a kill is left out."""

@@ -5,14 +5,16 @@ A job is one or several methods over the same clients, rows, seeds and steps, wi
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from umbel import __version__
 from umbel import config as configuration
 from umbel import method as methods
 from umbel.config import Config, ConfigError, MethodChoice
+from umbel.engine import Ask, Engine, Reply
 from umbel.engine.local import Local
 from umbel.loop import Plan, federate
 from umbel.record import Record, RecordError, locked, now, write_file, write_json, write_lines
@@ -36,6 +39,20 @@ MAY_DIFFER = {"method", "lora", "training", "server", "wire"}
 """What the methods of one job may set for themselves; all else is shared, or they could not be compared."""
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Clients that are elsewhere.
+
+    Args:
+        clients: Their numbers, there now or not; None where the run's own file says who the clients are.
+        engine: Makes the engine of one run from the job that its sites must know (see `umbel.client.site.Job`) and the seconds
+            that a round may take.
+    """
+
+    clients: list[int] | None
+    engine: Callable[[dict[str, Any], float], Engine]
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ def run(
     *,
     baselines: bool = True,
     comparing: bool = False,
+    network: Network | None = None,
 ) -> Path:
     """Runs a job to its end, or on from where its folder stops; what is finished is not repeated.
 
@@ -74,6 +92,8 @@ def run(
         baselines: Train central and local, too.
         comparing: The job is part of a comparison: methods may join it later, each has its own folder, and one that fails
             does not stop the others.
+        network: Clients that are elsewhere; None has them all in this process. Over a network there are no baselines: nobody
+            has everyone's rows.
 
     Returns:
         The folder.
@@ -91,7 +111,8 @@ def run(
     with locked(folder):
         _check_empty(folder)
         listen({"event": "stage", "text": "reading data"})
-        dataset = data.load(shared)
+        dataset = data.load(shared) if network is None else _server_rows(shared, network)
+        baselines = baselines and network is None
         manifest = dataset.manifest()
         fingerprint = model.fingerprint(shared)
         members = _members(configs, shared, dataset, baselines, comparing)
@@ -103,12 +124,17 @@ def run(
             write_json(folder / "split.json", manifest)
         if comparing or not is_job(folder):
             write_file(folder / "job.toml", tomli_w.dumps(table).encode())
-        listen({"event": "split", "manifest": manifest})
-        write_json(folder / "job.json", {**_contents(members), **({"comparing": True} if comparing else {})})
+        if dataset.train:
+            listen({"event": "split", "manifest": manifest})
+        contents = _contents(members) | ({"comparing": True} if comparing else {})
+        job = {"run": _identity_of(folder), "clients": dataset.clients}
+        write_json(folder / "job.json", {**contents, "id": job["run"]})
         if all(Record(folder / member.folder).info.get("state") == "done" for member in members):
             return folder
         listen({"event": "stage", "text": "loading the model"})
         base = model.load(shared, len(dataset.labels))
+        if network is not None:
+            dataset = replace(dataset, train=[], owner_train=[], row_train=[])  # clients have theirs
         train, test = client.tokens(shared, base, dataset)
         stock = publish.Stock(shared, len(dataset.labels))
         facts = provenance(manifest, fingerprint, shared)
@@ -116,7 +142,8 @@ def run(
             listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
             own = _pooled(dataset) if member.role == "central" else dataset
             try:
-                _run_member(folder / member.folder, member, base, stock, own, train, test, facts, listen)
+                loaded = _Loaded(base, stock, own, train, test)
+                _run_member(folder / member.folder, member, loaded, facts, listen, network, job)
             except (ServerError, publish.PublishError):
                 if not comparing:
                     raise  # else it is in the run's record, and the table shows it
@@ -232,32 +259,53 @@ def _shared(configs: dict[str, Config]) -> Config:
     return first
 
 
-def _ranks(config: Config, dataset: Any) -> dict[int, int]:
-    """Returns each client's rank where clients may differ, else nothing.
+def _identity_of(folder: Path) -> str:
+    """Returns the job's id, under which its sites keep what is theirs; a new one where there is none yet."""
+    known = json.loads((folder / "job.json").read_text(encoding="utf-8")) if (folder / "job.json").exists() else {}
+    return known.get("id") or secrets.token_hex(8)
+
+
+def _server_rows(config: Config, network: Network) -> Any:
+    """Returns what the server has of the rows: those that the run's file names where they are here too, else only test rows.
 
     Raises:
-        ConfigError: A list of another length than there are clients, or a column that says no rank.
+        ConfigError: The labels are nowhere to be had.
     """
-    lora = config.lora
-    if not lora.mixed:
-        return {}
-    if not lora.rank_by:
-        for key, values in (("r", lora.r), ("lora_alpha", lora.lora_alpha)):
-            if isinstance(values, list) and len(values) != dataset.clients:
-                raise ConfigError(f"lora.{key}: got {len(values)} values, for {dataset.clients} clients")
-        return dict(enumerate(lora.r if isinstance(lora.r, list) else [lora.r] * dataset.clients))
-    said: dict[int, set[str]] = {k: set() for k in range(dataset.clients)}
-    for row, owner in zip(dataset.train, dataset.owner_train):
-        said[owner].add(str(row.get(lora.rank_by, "nothing")))
-    for client, values in said.items():
-        text = next(iter(values), "nothing")
-        if len(values) > 1 or not text.isdecimal() or not 1 <= int(text) <= lora.rank:
-            got = ", ".join(sorted(values)[:3]) or "no rows"
-            raise ConfigError(
-                f"lora.rank_by = {lora.rank_by!r}: the rows of client {client} say {got}; allowed: one number from 1 to "
-                f"lora.r = {lora.rank} in all rows of a client"
-            )
-    return {client: int(next(iter(values))) for client, values in said.items()}
+    from umbel.client import data
+
+    sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    try:
+        for source in sources:
+            data.locate(source)
+        here = True
+    except ConfigError:
+        here = False
+    if here or network.clients is None:
+        dataset = data.load(config)
+    else:
+        dataset = data.load_server(config, len(network.clients))
+    if network.clients is None:
+        return dataset
+    # A revoked client's number is not given again.
+    return replace(dataset, clients=max(network.clients, default=-1) + 1, unseen=_missing(network.clients))
+
+
+def _missing(clients: list[int]) -> list[int]:
+    return sorted(set(range(max(clients, default=-1) + 1)) - set(clients))
+
+
+class _WithObserver:
+    """An engine for everybody, and one in this process for the observer."""
+
+    def __init__(self, clients: Engine, observer: Engine) -> None:
+        self._clients, self._observer = clients, observer
+
+    def ask(self, asks: Iterable[Ask]) -> Iterator[Reply]:
+        first = next(iterator := iter(asks), None)
+        if first is None:
+            return
+        engine = self._observer if first.client == OBSERVER else self._clients
+        yield from engine.ask(itertools.chain([first], iterator))
 
 
 def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines: bool, comparing: bool) -> list[Member]:
@@ -274,12 +322,14 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
     if training.max_steps > 0:
         # As many rows as all the clients of a round together see.
         training = replace(training, max_steps=training.max_steps * min(shared.server.clients_per_round or clients, clients))
+    from umbel.client import client
+
     for label, config in configs.items():
         try:
-            _ranks(config, dataset)  # what is wrong with a later method's is said before the first one trains
+            client.ranks(config, dataset)  # what is wrong with a later method's is said before the first one trains
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from None
-    ranks = {k: rank for k, rank in _ranks(shared, dataset).items() if k in everyone}
+    ranks = {k: rank for k, rank in client.ranks(shared, dataset).items() if k in everyone}
     lora = shared.lora
     largest = lora.of(max(ranks, key=lambda k: ranks[k]), max(ranks.values())) if ranks else lora
     central = replace(plain, lora=largest, training=replace(training, optimizer_state="keep"))
@@ -305,20 +355,28 @@ def _contents(members: list[Member]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What is loaded once for all runs of a job: base model, a stock one to read adapters back, rows and their tokens."""
+
+    base: Any
+    stock: Any
+    dataset: Any
+    train: list[Any]
+    test: list[Any]
+
+
 def _run_member(
     folder: Path,
     member: Member,
-    base: Any,
-    stock: Any,
-    dataset: Any,
-    train: list[Any],
-    test: list[Any],
+    loaded: _Loaded,
     facts: dict[str, Any],
     listen: Listener,
+    network: Network | None,
+    job: dict[str, Any],
 ) -> None:
-    from umbel.client import model, publish
+    from umbel.client import client, model, publish
     from umbel.client.adapter import Adapter
-    from umbel.client.client import Client, Resident
 
     record = Record(folder)
     if record.info.get("state") == "done":
@@ -327,22 +385,29 @@ def _run_member(
     info = {"label": member.label, "role": member.role, "clients": len(member.clients), **facts}
     record.start(configuration.to_table(config), {**info, **_identity(config)})
     began, before = time.perf_counter(), len(record.lines())
+    base, dataset = loaded.base, loaded.dataset
     adapter = Adapter(base.model, config.lora, base.heads, config.seed)
     try:
-        ranks = _ranks(config, dataset) if member.role == "method" else {}
-        resident = Resident(config, base, adapter, dataset, train, test, ranks=ranks)
+        ranks = client.ranks(config, dataset) if member.role == "method" and network is None else {}
+        resident = client.Resident(config, base, adapter, dataset, loaded.train, loaded.test, ranks=ranks)
         resident.on_step = lambda number, step, steps: listen({"event": "step", "client": number, "step": step, "steps": steps})
-        answers = {k: Client(k, resident, folder / "clients" / str(k)).answer for k in [*member.clients, OBSERVER]}
-        server = federate(Local(answers), _plan(member), record, lambda event: listen({"event": "round", **event}))
+        here = [OBSERVER] if network else [*member.clients, OBSERVER]
+        engine: Engine = Local({k: client.Client(k, resident, folder / "clients" / str(k)).answer for k in here})
+        plan = _plan(member)
+        if network is not None:
+            whole = {**job, "member": member.label, "config": configuration.to_table(config)}
+            engine = _WithObserver(network.engine(whole, config.server.round_deadline), engine)
+            plan = replace(plan, run=job["run"], rejoin=True, observe_by="observer" if dataset.test else "clients")
+        server = federate(engine, plan, record, lambda event: listen({"event": "round", **event}))
         published = None
         if member.role != "local":
             listen({"event": "stage", "text": f"{member.label}: writing the adapter and reading it back"})
             adapter.restart(config.seed)
             adapter.apply(server.owed[-1], server.plain, own_rank=False)
-            rows = sum(owner in member.clients for owner in dataset.owner_train)
+            rows = record.rows()
             result = publish.Result(server.model(), server.plain, dataset.labels, rows)
             own = model.Base(adapter.model, base.tokenizer, base.path, base.heads)
-            published = publish.publish(folder / "adapter", config, result, own, stock, test[:8])
+            published = publish.publish(folder / "adapter", config, result, own, loaded.stock, loaded.test[:8])
         totals = [line["seconds"]["total"] for line in record.lines()]
         # Wrapping the model, writing the adapter and reading it back belong to the run, too.
         outside = max(0.0, time.perf_counter() - began - sum(totals[before:]))

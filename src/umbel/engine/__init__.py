@@ -7,10 +7,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Ask:
-    """Bytes for one client (our number, not the engine's node id)."""
+    """Bytes for one client (our number, not the engine's node id), and the most bytes that its reply may have."""
 
     client: int
     payload: bytes
+    most_bytes: int = 2**40
 
 
 @dataclass(frozen=True)

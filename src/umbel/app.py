@@ -1,0 +1,166 @@
+"""umbel as a Flower app: `server_app` runs the job at the server, `client_app` answers at every site.
+
+`umbel run --engine flower` submits it (see `umbel.federation`), `--engine ray` runs it in Flower's simulation, and the folder
+`app/` of the project is the same app for people who live in Flower.
+"""
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from umbel import config as configuration
+from umbel import kit
+from umbel.client.site import Site, Worker
+from umbel.config import ConfigError
+from umbel.engine import reason
+from umbel.engine.flower import Flower, job_of, payload_of, to_content
+from umbel.run import Listener, Network, run
+
+NODES_SECONDS = 120
+"""For the nodes of a simulation to say which partition they are."""
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+_workers: dict[Site, Worker] = {}
+"""Of this process: one in a deployment, where every message has a process of its own; those of a simulation live longer."""
+
+
+class Nodes(Protocol):
+    """Who of Flower's nodes is which client of ours."""
+
+    clients: list[int] | None
+    """All that may take part, connected or not; None where the run's file says it."""
+
+    def connected(self) -> Mapping[int, int]:
+        """Returns client numbers and node ids of those that are there now."""
+        ...
+
+
+class Sites:
+    """The sites of a kit, told apart by their keys, which the SuperLink has checked."""
+
+    def __init__(self, grid: Grid, federation: kit.Federation) -> None:
+        self._grid, self._folder = grid, federation.folder
+
+    @property
+    def clients(self) -> list[int]:
+        return sorted(self._numbers().values())
+
+    def connected(self) -> dict[int, int]:
+        numbers = self._numbers()
+        return {numbers[node.public_key]: node.node_id for node in self._grid.get_nodes() if node.public_key in numbers}
+
+    def _numbers(self) -> dict[bytes, int]:
+        # Read each time: sites join and are revoked while a run goes on.
+        return {site.key_bytes: site.number for site in kit.read(self._folder).sites if site.state == "active"}
+
+
+class Partitions:
+    """The nodes of a simulation, which say themselves which partition they are."""
+
+    clients = None
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._known: dict[int, int] = {}
+
+    def connected(self) -> dict[int, int]:
+        there = list(self._grid.get_node_ids())
+        strange = [node for node in there if node not in self._known]
+        if strange:
+            asks = [Message(RecordDict(), node, "query", ttl=NODES_SECONDS) for node in strange]
+            for message in self._grid.send_and_receive(asks, timeout=NODES_SECONDS):
+                said = message.content.get("node") if message.has_content() else None
+                if isinstance(said, ConfigRecord) and isinstance(said.get("partition-id"), int):
+                    self._known[message.metadata.src_node_id] = said["partition-id"]  # type: ignore[assignment]
+        return {number: node for node, number in self._known.items() if node in there}
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the job that `umbel run` asked for, or the run file that `flwr run` names."""
+    given = context.run_config
+    if "request" in given:
+        request = json.loads(Path(str(given["request"])).read_text(encoding="utf-8"))
+        sys.path[:0] = request["path"]
+        nodes: Nodes = Sites(grid, kit.read(Path(request["federation"])))
+        with Path(request["events"]).open("a", encoding="utf-8") as log:
+
+            def listen(event: dict[str, Any]) -> None:
+                print(json.dumps({"time": time.time(), **event}), file=log, flush=True)
+
+            serve(grid, request["table"], Path(request["folder"]), nodes, listen)
+    elif given.get("config"):
+        file = Path(str(given["config"])).expanduser()
+        out = Path(str(given.get("out") or Path("runs") / file.stem)).expanduser()
+        serve(grid, configuration.read(file), out, Partitions(grid), _print_event)
+    else:
+        raise ConfigError("no run file; give it with: flwr run app --run-config 'config=\"/path/of/run.toml\"'")
+
+
+def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen: Listener) -> None:
+    """Runs a job over the nodes of a grid, on from where its folder stops."""
+
+    def engine(job: Mapping[str, Any], deadline: float) -> Flower:
+        return Flower(grid, nodes.connected, job, deadline)
+
+    run(table, folder, listen, network=Network(nodes.clients, engine))
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    if event["event"] in ("stage", "note", "round"):
+        print("umbel:", ", ".join(f"{key} {value}" for key, value in event.items() if key != "event"), flush=True)
+
+
+@client_app.query()
+def query(message: Message, context: Context) -> Message:
+    """Says which partition of a simulation this node is."""
+    number = context.node_config.get("partition-id", -1)
+    return Message(RecordDict({"node": ConfigRecord({"partition-id": int(number)})}), reply_to=message)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answers one request, of whatever kind: what is asked is in the payload."""
+    return answer(site_of(context), message)
+
+
+def answer(site: Site, message: Message) -> Message:
+    """Answers one request for a site."""
+    try:
+        worker = _workers.setdefault(site, Worker(site))
+        content = to_content(worker.answer(job_of(message.content), payload_of(message.content)))
+    except Exception as error:
+        # The traceback stays here; the operator gets type, message and place, without this site's data.
+        traceback.print_exc()
+        content = to_content(b"", error=reason(error))
+    return Message(content, reply_to=message)
+
+
+def site_of(context: Context) -> Site:
+    """Returns what this node says for itself: a kit's site, or one of a simulation's partitions."""
+    folder = context.node_config.get("site")
+    if folder is None:
+        # A simulation: run file and rows are this machine's own.
+        state = context.node_config.get("state") or Path(tempfile.gettempdir()) / "umbel-simulation"
+        return Site(None, Path(str(state)), methods=None)
+    settings = kit.read_site(Path(str(folder)))
+    return Site(
+        settings.number,
+        Path(str(folder)) / "state",
+        settings.data,
+        settings.test,
+        settings.model,
+        settings.allow_code_execution,
+        tuple(settings.methods),
+    )

@@ -1,0 +1,154 @@
+"""A site: one client on a machine of its own. A job and a request's bytes come in, a reply's bytes go out.
+
+Nothing here knows how bytes travel. What a run may do at a site is the site's to say: which file it trains on, where its base
+model is, whether a method of somebody's own may be loaded and whether code that a model wrote may be run.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from umbel import config as configuration
+from umbel import wire
+from umbel.client import client, data, model
+from umbel.client.adapter import Adapter
+from umbel.client.client import Client, Resident
+from umbel.config import Config, ConfigError
+from umbel.record import locked
+
+Job = Mapping[str, Any]
+"""What a site must know besides the request: "run" (an id), "member" (of the run's methods), "clients" (K), "config"."""
+
+ROWS_OF_THE_RUN = "run"
+"""As a site's `data`: the rows that the run's own file gives to the client of this number."""
+
+
+WAIT_SECONDS = 600
+"""For another process of this site that is still at an older request of the same run."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site says for itself.
+
+    Args:
+        number: Its client's; None takes that of every request, where all clients are of one machine.
+        state: Folder of what is kept between requests.
+        data: A file with its training rows, or ROWS_OF_THE_RUN.
+        test: A file with its test rows, or "".
+        model: Path of the base model here; "" takes the run's name for it.
+        allow_code_execution: Whether `task.program` may be run here.
+        methods: Dotted names of methods that are not umbel's and may be loaded here; None allows any.
+    """
+
+    number: int | None
+    state: Path
+    data: str = ROWS_OF_THE_RUN
+    test: str = ""
+    model: str = ""
+    allow_code_execution: bool = False
+    methods: tuple[str, ...] | None = ()
+
+
+@dataclass
+class Worker:
+    """Answers requests for a site, with one base model and one adapter in memory for as long as jobs are alike.
+
+    Args:
+        site: Whose.
+        on_step: See `Resident`.
+    """
+
+    site: Site
+    on_step: Callable[[int, int, int], None] = lambda client, step, steps: None
+    _key: Any = None
+    _resident: Resident | None = None
+
+    def answer(self, job: Job, payload: bytes) -> bytes:
+        """Answers one request.
+
+        Args:
+            job: Which run and member it is of.
+            payload: The request.
+
+        Returns:
+            The reply's bytes.
+
+        Raises:
+            ConfigError: The job is malformed, or asks for what this site does not allow.
+            WireError: The request is malformed.
+        """
+        run, member, clients = _read_job(job)
+        self._check_allowed(job["config"])
+        config = configuration.from_table(job["config"])
+        # Every request says which client it is for; whoever is not that client must not answer.
+        number = wire.decode(payload).header.get("client")
+        if self.site.number is not None and number != self.site.number:
+            raise ConfigError(f"the request is for client {number!r:.40}, this site is client {self.site.number}")
+        if type(number) is not int or not 0 <= number < clients:
+            raise ConfigError(f"the request is for client {number!r:.40}, allowed: 0 to {clients - 1}")
+        folder = self.site.state / run / member / str(number)
+        with locked(folder, WAIT_SECONDS):
+            return Client(number, self._take(config, number, clients), folder).answer(payload)
+
+    def _take(self, config: Config, number: int, clients: int) -> Resident:
+        # With files of its own a site is one client; else one process stands in for several.
+        alone = self.site.number is not None
+        key = (config, clients, number if alone else None)
+        if self._resident is None or key != self._key:
+            self._let_go()
+            self._resident, self._key = self._load(config, number if alone else None, clients), key
+        return self._resident
+
+    def _load(self, config: Config, number: int | None, clients: int) -> Resident:
+        if self.site.model:
+            config = replace(config, model=replace(config.model, name=self.site.model))
+        if self.site.data == ROWS_OF_THE_RUN:
+            dataset = data.load(config)
+            if dataset.clients != clients or dataset.unseen:
+                raise ConfigError(
+                    f"the run's file makes {dataset.clients} clients ({len(dataset.unseen)} of them unseen) and the federation "
+                    f"has {clients} sites; with the rows of the run, the two must be the same"
+                )
+            dataset = dataset if number is None else data.of_client(dataset, number)
+        else:
+            assert number is not None
+            dataset = data.load_site(config, number, clients, self.site.data, self.site.test)
+        base = model.load(config, len(dataset.labels))
+        adapter = Adapter(base.model, config.lora, base.heads, config.seed)
+        tokens = client.tokens(config, base, dataset)
+        return Resident(config, base, adapter, dataset, *tokens, ranks=client.ranks(config, dataset), on_step=self.on_step)
+
+    def _let_go(self) -> None:
+        if self._resident is not None:
+            self._resident.adapter.remove()
+            self._resident = None
+
+    def _check_allowed(self, table: Mapping[str, Any]) -> None:
+        """Refuses what this site does not allow; on the raw table, since reading a configuration imports its method."""
+        name, allowed = str((table.get("method") or {}).get("name")), self.site.methods
+        if "." in name and allowed is not None and name not in allowed:
+            raise ConfigError(
+                f"method {name:.80}: not umbel's, and not among what this site allows: {allowed} (methods, in site.toml)"
+            )
+        if (table.get("task") or {}).get("program") and not self.site.allow_code_execution:
+            raise ConfigError(
+                "task.program runs code that a model wrote, which this site forbids (allow_code_execution, in site.toml)"
+            )
+
+
+def _read_job(job: Job) -> tuple[str, str, int]:
+    """Checks a job, which may come from anywhere; run and member become names of folders."""
+    run, member, clients = (job.get(key) for key in ("run", "member", "clients"))
+    if not isinstance(run, str) or not re.fullmatch(r"[0-9a-f]{8,64}", run):
+        raise ConfigError(f"job: run is {run!r:.40}, allowed: an id of 8 to 64 hexadecimal digits")
+    if not isinstance(member, str) or not re.fullmatch(r"[^./\\ ][^/\\]{0,99}", member) or not member.isprintable():
+        raise ConfigError(f"job: member is {member!r:.40}, allowed: text without / and \\ that begins with no dot")
+    if type(clients) is not int or not 1 <= clients <= 10**6:
+        raise ConfigError(f"job: clients is {clients!r:.40}, allowed: 1 to 1000000")
+    table = job.get("config")
+    if not isinstance(table, dict) or not all(isinstance(table.get(key, {}), dict) for key in ("method", "task")):
+        raise ConfigError(f"job: config is {table!r:.40}, allowed: a configuration's table")
+    return run, member, clients
