@@ -144,6 +144,8 @@ def test_a_section_that_is_no_table_says_so(section, value):
         ("training.weight_decay", [-0.1], [0.0]),
         ("training.max_grad_norm", [-1.0], [0.0]),
         ("server.clients_per_round", [-1], [0]),
+        ("server.min_clients", [-1, 4], [0, 1, 3]),
+        ("server.round_deadline", [0, -1.0], [0.5, 86400]),
     ],
 )
 def test_a_value_out_of_range_says_where_got_and_allowed(key, wrong, right):
@@ -182,6 +184,10 @@ INSTRUCTION = ["task.kind=instruction", "task.response={reply}"]
         (
             [*INSTRUCTION, "task.program=x", "task.answer=x", "task.exact_match_rows=3", "task.allow_code_execution=true"],
             "task.answer and task.program: give one of the two",
+        ),
+        (
+            ["server.clients_per_round=2", "server.min_clients=3"],
+            "server.min_clients: got 3, allowed: at most the clients of a",
         ),
         (["split.clients=0", "split.kind=dirichlet"], "split.clients: got 0, allowed: 1 or more for split.kind = 'dirichlet'"),
     ],

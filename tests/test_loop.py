@@ -38,8 +38,9 @@ class Client:
     def answer(self, payload):
         request = wire.decode(payload)
         header, kind = request.header, request.header["kind"]
+        echo = {key: header[key] for key in wire.ECHO}
         if kind == "open":
-            return wire.encode(wire.Message({"layers": LAYERS, "plain": {"head": [4]}, "rows": self.rows}))
+            return wire.encode(wire.Message({**echo, "layers": LAYERS, "plain": {"head": [4]}, "rows": self.rows}))
         factors, merged, plain = self.take(request)
         weights = self.weights(factors, merged)
         reply, tensors = {"rows": self.rows, "seconds": {"fit": 0.25}}, {}
@@ -68,7 +69,7 @@ class Client:
             reply |= {"loss": 1.0 / turn, "steps": 4, "scores": {"accuracy": 0.5, "loss": 0.7, "rows": 2}}
         kept = {has: state for has, state in self.states.items() if has == header["has"]}
         self.states = {**kept, header["keep"]: (factors, merged, plain)}
-        return wire.encode(wire.Message(reply, tensors), self.dtype)
+        return wire.encode(wire.Message({**reply, **echo}, tensors), self.dtype)
 
     def take(self, request):
         factors, merged, plain = self.states[request.header["has"]] if request.header["has"] >= 0 else ({}, {}, {})
@@ -336,6 +337,60 @@ def test_a_reply_that_cannot_be_used_is_refused_with_its_reason_and_the_round_go
     assert ending(tmp_path)[1] == ending(tmp_path / "without")[1]
 
 
+ECHOES = {
+    "of an earlier round": (saying(round=0), "client 1 answered for round 0, asked was round "),
+    "of a later round": (saying(round=9), "client 1 answered for round 9, asked was round "),
+    "of a round that is true": (saying(round=True), "client 1 answered for round True, asked was round "),
+    "of no round": (saying(round=None), "client 1 answered for round None, asked was round "),
+    "of another run": (saying(run="lung"), "client 1 answered for run 'lung', asked was run 'heart'"),
+    "of no run": (saying(run=None), "client 1 answered for run None, asked was run 'heart'"),
+    "of another client": (saying(client=2), "client 1 answered for client 2, asked was client 1"),
+    "of another kind": (saying(kind="open"), "client 1 answered for 'open', asked was 'train'"),
+    "of a kind that is a list": (saying(kind=[None]), "client 1 answered for [None], asked was 'train'"),
+    "of a run without end": (saying(run="x" * 10**5), "client 1 answered for run 'xxx"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), ECHOES.values(), ids=ECHOES)
+def test_an_answer_to_another_request_is_refused_with_both_named(tmp_path, change, reason):
+    federate(engine(clients(), client_1=after_the_opening(change)), plan(run="heart"), Record(tmp_path))
+    for line in lines_of(tmp_path)[1:]:
+        assert line["answered"] == [0, 2]
+        assert line["refused"][0]["reason"].startswith(reason)
+        assert len(line["refused"][0]["reason"]) < 250
+
+
+def test_a_reply_that_comes_again_in_the_next_round_is_refused_and_its_client_gets_what_it_missed(tmp_path):
+    people, kept = clients(), {}
+
+    def again(answer, payload):
+        turn = wire.decode(payload).header["train_round"]
+        kept[turn] = kept[1] if turn == 2 else answer(payload)
+        return kept[turn]
+
+    federate(engine(people, client_1=after_the_opening(again)), plan(), Record(tmp_path))
+    lines = lines_of(tmp_path)
+    assert [line["answered"] for line in lines] == [[0, 1, 2], [0, 1, 2], [0, 2], [0, 1, 2]]
+    assert lines[2]["refused"] == [{"client": 1, "reason": "client 1 answered for round 1, asked was round 2"}]
+    assert same(people[0].started[3], people[1].started[3])
+
+
+@pytest.mark.parametrize("changes", [{"round": 4}, {"kind": "train"}, {"run": "another"}, {"client": 0}])
+def test_an_answer_to_another_request_at_the_opening_leaves_that_client_out(tmp_path, changes):
+    federate(engine(clients(), client_1=at_the_opening(saying(**changes))), plan(), Record(tmp_path))
+    assert [line["answered"] for line in lines_of(tmp_path)] == [[0, 2]] * 4
+    assert "client 1 answered for " in lines_of(tmp_path)[0]["refused"][0]["reason"]
+
+
+def test_an_observer_that_answers_for_another_round_stops_the_run(tmp_path):
+    people = clients()
+    answers = {k: client.answer for k, client in people.items()} | {
+        OBSERVER: lambda payload: saying(round=7)(people[OBSERVER].answer, payload)
+    }
+    with pytest.raises(ServerError, match="scoring the common model failed: client -1 answered for round 7, asked was round 1"):
+        federate(Local(answers), plan(), Record(tmp_path))
+
+
 IGNORED = {
     "seconds that are a list": saying(seconds=[1]),
     "seconds that are text": saying(seconds={"fit": "long"}),
@@ -355,7 +410,7 @@ IGNORED = {
     "loss that is true": saying(loss=True),
     "loss beyond floats": saying(loss=-(10**400)),
     "steps that are text": saying(steps="many"),
-    "things nobody asked for": saying(reset={"wide": 3}, layers="x", kind=[None], has={}, surprise="\ud800"),
+    "things nobody asked for": saying(reset={"wide": 3}, layers="x", has={}, surprise="\ud800"),
 }
 
 
@@ -454,6 +509,51 @@ def test_a_round_with_nobody_left_ends_the_run_with_all_reasons_and_a_later_star
     federate(engine(people), plan(clients=[0, 1]), Record(tmp_path))
     federate(engine(clients(2)), plan(clients=[0, 1]), Record(tmp_path / "undisturbed"))
     assert ending(tmp_path) == ending(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("least", "failing_ones", "left"),
+    [(0, [1], 2), (0, [1, 2], 0), (3, [1], 0), (1, [1, 2], 2), (2, [1], 2), (2, [0, 2], 0)],
+    ids=lambda value: str(value),
+)
+def test_a_round_of_fewer_than_the_quorum_is_not_committed_and_says_who_is_missing_and_why(tmp_path, least, failing_ones, left):
+    people = clients()
+    lost = engine(people, **{f"client_{k}": after_the_opening(failing) for k in failing_ones})
+    own = plan(min_clients=least, rounds=2)
+    if left:
+        federate(lost, own, Record(tmp_path))
+    else:
+        with pytest.raises(ServerError, match=r"^round 1: .* left of 3, wanted: ") as error:
+            federate(lost, own, Record(tmp_path))
+        for client in failing_ones:
+            assert f"client {client}: RuntimeError: out of memory" in str(error.value)
+        assert "umbel run --resume" in str(error.value)
+        assert [line["phase"] for line in lines_of(tmp_path)] == ["open"]
+        # With everybody back it ends as if nothing had been.
+        federate(engine(people), own, Record(tmp_path))
+        federate(engine(clients()), own, Record(tmp_path / "undisturbed"))
+        assert ending(tmp_path) == ending(tmp_path / "undisturbed")
+
+
+def test_an_opening_of_fewer_than_the_quorum_begins_nothing(tmp_path):
+    bad = {f"client_{k}": at_the_opening(failing) for k in (1, 2)}
+    with pytest.raises(ServerError, match=r"the opening: 1 client is left of 3, wanted: 2 .*client 1: .*; client 2: "):
+        federate(engine(clients(), **bad), plan(), Record(tmp_path))
+    assert not (tmp_path / CHECKPOINT).exists()
+    federate(engine(clients(), **bad), plan(min_clients=1), Record(tmp_path))
+    assert [line["answered"] for line in lines_of(tmp_path)] == [[0]] * 4
+
+
+def test_half_of_those_drawn_for_a_round_are_its_quorum(tmp_path):
+    own = plan(clients=list(range(6)), clients_per_round=2, rounds=5)
+    bad = {f"client_{k}": after_the_opening(failing) for k in (3,)}
+    federate(engine(clients(6), **bad), own, Record(tmp_path))
+    assert {len(line["answered"]) for line in lines_of(tmp_path)[1:]} == {1, 2}
+
+
+def test_a_federation_of_one_has_a_quorum_of_one(tmp_path):
+    federate(engine(clients(1)), plan(clients=[0]), Record(tmp_path))
+    assert [line["answered"] for line in lines_of(tmp_path)] == [[0]] * 4
 
 
 def fails_once(turn, after):

@@ -217,10 +217,17 @@ class Server:
         clients_per_round: Clients asked in each round, drawn by the seed; 0 asks all.
         aggregation_error: Measure ‖ΔW_sent − Σ p_k ΔW_k‖ each round. Needs every upload until the round's end, also for
             methods that could do with a running mean.
+        min_clients: Uploads without which a round is not committed: the run stops, and `umbel run --resume` goes on with it.
+            0 is half of the clients asked, rounded up.
+        round_deadline: Seconds that clients of a network have for one answer. Those of this process are waited for.
+        late: What becomes of an answer after the deadline: "drop" leaves it out of the round.
     """
 
     clients_per_round: int = 0
     aggregation_error: bool = True
+    min_clients: int = 0
+    round_deadline: float = 3600.0
+    late: Literal["drop"] = "drop"
 
 
 @dataclass(frozen=True)
@@ -347,6 +354,7 @@ LEAST = {
     "training.weight_decay": 0,
     "training.max_grad_norm": 0,
     "server.clients_per_round": 0,
+    "server.min_clients": 0,
 }
 """What a number must not be below."""
 
@@ -388,6 +396,15 @@ def check(config: Config) -> Config:
             0 < config.split.clients < config.server.clients_per_round,
             f"server.clients_per_round: got {config.server.clients_per_round}, allowed: at most split.clients = "
             f"{config.split.clients}",
+        ),
+        (
+            0 < (config.server.clients_per_round or config.split.clients) < config.server.min_clients,
+            f"server.min_clients: got {config.server.min_clients}, allowed: at most the clients of a round, "
+            f"{config.server.clients_per_round or config.split.clients}",
+        ),
+        (
+            config.server.round_deadline <= 0,
+            f"server.round_deadline: got {config.server.round_deadline}, allowed: > 0 seconds",
         ),
         (config.split.kind == "by" and not config.split.column, "split.column is missing: the column that names the client"),
         (config.task.kind == "instruction" and not config.task.response, "task.response is missing, e.g. '{answer}'"),

@@ -41,6 +41,9 @@ class Plan:
         observe_start: Score the common model before the first round too.
         score_clients: Every client scores its own model on its own test rows, after training and before aggregation.
         most_rank: The largest rank that a client may say it has; 0 bounds it by the layer's size alone.
+        run: Names the run for ever, so that a reply to another one is refused; "" where there is one run only.
+        min_clients: Uploads without which a round is not committed, answers without which a run does not begin; 0 is half of
+            the clients asked, rounded up: a result of fewer would speak for a minority, and two clients may lose one.
     """
 
     method: Method
@@ -54,12 +57,25 @@ class Plan:
     observe_start: bool = False
     score_clients: bool = True
     most_rank: int = 0
+    run: str = ""
+    min_clients: int = 0
+
+    def quorum(self, asked: int) -> int:
+        """Returns how many of so many clients asked must have answered.
+
+        >>> [Plan(Method, 1, []).quorum(asked) for asked in (1, 2, 3, 5)]
+        [1, 1, 2, 3]
+        """
+        return min(self.min_clients or math.ceil(asked / 2), asked)
 
 
 @dataclass
 class _Heard:
-    """What came out of one round of asking, besides tensors."""
+    """What came out of one round of asking, besides tensors; `run`, `round` and `kind` are what was asked."""
 
+    run: str
+    round: int
+    kind: str
     answered: list[int] = field(default_factory=list[int])
     refused: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     replies: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
@@ -73,6 +89,22 @@ class _Heard:
         for stage in STAGES:
             value = said.get(stage) if isinstance(said, dict) else None
             self.seconds[stage] += float(value) if _is_number(value) and 0 <= value < 1e9 else 0.0
+
+    def echo(self, client: int) -> dict[str, Any]:
+        """Returns what a request to a client says of itself, and what its reply must repeat."""
+        return {"run": self.run, "round": self.round, "client": client, "kind": self.kind}
+
+    def check_echo(self, client: int, header: Mapping[str, Any]) -> None:
+        """Raises Refused where a reply's header does not repeat its request's."""
+        for key, asked in self.echo(client).items():
+            got = header.get(key)
+            if type(got) is not type(asked) or got != asked:
+                what = (
+                    f"{got!r:.80}, asked was {asked!r:.80}"
+                    if key == "kind"
+                    else f"{key} {got!r:.80}, asked was {key} {asked!r:.80}"
+                )
+                raise Refused(f"client {client} answered for {what}")
 
     def refuse(self, client: int, reason: str) -> None:
         self.refused.append({"client": client, "reason": reason[:1000]})
@@ -117,11 +149,14 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
 def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int, int]]:
     """Asks every client for its layers and rows; those whose layers or other parameters are not the majority's are left out."""
     began = time.perf_counter()
-    heard = _Heard()
-    payload = wire.encode(wire.Message({"kind": "open"}))
+    heard = _Heard(plan.run, 0, "open")
     said: dict[int, Schema] = {}
     rows: dict[int, int] = {}
-    for reply in _in_order(engine.ask(_counted(plan.clients, lambda _: payload, heard)), plan.clients):
+
+    def request(client: int) -> bytes:
+        return wire.encode(wire.Message(heard.echo(client)))
+
+    for reply in _in_order(engine.ask(_counted(plan.clients, request, heard)), plan.clients):
         message = _read(reply, heard)
         if message is None:
             continue
@@ -142,6 +177,7 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
             heard.answered.append(client)
         else:
             heard.refuse(client, _difference(client, own, agreed))
+    _check_quorum(plan, "the opening", plan.clients, heard)
     rows = {client: rows[client] for client in heard.answered}
     layers = {name: shape for name, shape in agreed.items() if isinstance(shape, LayerShape)}
     largest = {name: max(ranks[client][name] for client in rows) for name in layers}
@@ -151,7 +187,7 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
     for client in rows:
         for layer in layers:
             server.note_rank(client, layer, ranks[client][layer])
-    scores = _observe(engine, server, True, heard) if plan.observe_start else None
+    scores = _observe(engine, plan, server, True, heard) if plan.observe_start else None
     line = _line(0, "open", 0, plan.clients, heard, None, scores, began)
     _commit(record, server, rows, line)
     return server, rows
@@ -232,7 +268,7 @@ def _round(
     asked = _choose(plan, sorted(rows), train_round) if phase.trains else sorted(rows)
     if not phase.trains and phase.measures == "factors":
         asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
-    heard = _Heard()
+    heard = _Heard(plan.run, index + 1, _kind(phase))
     heard.seconds["record"] = committing
     if phase.sends:
         aggregator = Aggregator(phase, server, plan.measure_error)
@@ -240,7 +276,7 @@ def _round(
 
         def request(client: int) -> bytes:
             share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
-            return _request(server, phase, client, index, train_round, plan, share)
+            return _request(server, phase, heard.echo(client), train_round, plan, share)
 
         for reply in _in_order(engine.ask(_counted(asked, request, heard)), asked):
             _fold(reply, aggregator, heard, rows[reply.client])
@@ -248,6 +284,7 @@ def _round(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
                 | {"client": reply.client, "answered": len(heard.replies)}
             )
+        _check_quorum(plan, f"round {index + 1}", asked, heard)
     else:
         # A phase that sends nothing (Fed-SB's random start) is the server's alone.
         asked = []
@@ -267,7 +304,7 @@ def _round(
     scores = None
     # Where a part of the model stays with the clients, there is a common model only in the end.
     if (plan.observe == "rounds" and phase.trains and not phase.keeps) or (plan.observe != "never" and last):
-        scores = _observe(engine, server, last, heard)
+        scores = _observe(engine, plan, server, last, heard)
     counted = train_round if _kind(phase) != "measure" else 0
     line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
     return _commit(record, server, rows, line)
@@ -284,16 +321,28 @@ def _choose(plan: Plan, clients: list[int], index: int) -> list[int]:
     return sorted(random.Random(algebra.seed_of(plan.seed, "choose", index)).sample(clients, plan.clients_per_round))
 
 
-def _request(server: Server, phase: Method, client: int, index: int, train_round: int, plan: Plan, samples: int) -> bytes:
+def _check_quorum(plan: Plan, where: str, asked: list[int], heard: _Heard) -> None:
+    """Raises ServerError where too few of the clients asked are left; it names the others, why, and how to go on."""
+    left, wanted = len(heard.answered), plan.quorum(len(asked))
+    if left >= wanted:
+        return
+    who = {0: "no client is left", 1: "1 client is left"}.get(left, f"{left} clients are left")
+    least = f"server.min_clients = {plan.min_clients}" if plan.min_clients else "server.min_clients = 0, half of them"
+    raise ServerError(
+        f"{where}: {who} of {len(asked)}, wanted: {wanted} ({least}). "
+        f"Missing: {heard.reasons()}. Finished rounds are kept; with the clients back, go on with `umbel run --resume`"
+    )
+
+
+def _request(server: Server, phase: Method, echo: Mapping[str, Any], train_round: int, plan: Plan, samples: int) -> bytes:
+    client = echo["client"]
     packed, tensors = wire.pack(server.owed_to(client))
     header = {
-        "kind": _kind(phase),
-        "round": index + 1,
+        **echo,
         "has": server.has.get(client, -1),
         "keep": server.round,
         "train_round": train_round,
         "rounds": plan.rounds,
-        "client": client,
         "score": plan.score_clients,
         "trains": phase.trains,
         "sends": phase.sends,
@@ -335,7 +384,8 @@ def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> 
     heard.bytes_up[str(reply.client)] = len(reply.payload)
     try:
         message = wire.decode(reply.payload, most_bytes)
-    except wire.WireError as error:
+        heard.check_echo(reply.client, message.header)
+    except (wire.WireError, Refused) as error:
         heard.refuse(reply.client, str(error))
         return None
     heard.seconds["wire"] += time.perf_counter() - started
@@ -362,22 +412,28 @@ def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int) -> No
     heard.seconds["server"] += time.perf_counter() - started
 
 
-def _observe(engine: Engine, server: Server, generate: bool, heard: _Heard) -> dict[str, Any] | None:
+def _observe(engine: Engine, plan: Plan, server: Server, generate: bool, heard: _Heard) -> dict[str, Any] | None:
     """Scores the common model on all test rows, by a client that only observes."""
-    packed, tensors = wire.pack(server.owed_to(OBSERVER))
-    has = server.has.get(OBSERVER, -1)
-    header = {"kind": "observe", "has": has, "keep": server.round, "client": OBSERVER, "generate": generate, **packed}
-    payload = wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)))
+    seen = _Heard(plan.run, server.round, "observe")
+    payload = _observation(server, seen.echo(OBSERVER), generate, "float32")
     reply = next(iter(engine.ask([Ask(OBSERVER, payload)])), Reply(OBSERVER, None, "no reply"))
     if reply.payload is None:
         raise ServerError(f"scoring the common model failed: {reply.reason}")
     try:
         message = wire.decode(reply.payload)
-    except wire.WireError as error:
+        seen.check_echo(OBSERVER, message.header)
+    except (wire.WireError, Refused) as error:
         raise ServerError(f"scoring the common model failed: {error}") from error
     heard.add_seconds(message.header)
     server.took(OBSERVER)
     return _scores(message.header.get("scores"))
+
+
+def _observation(server: Server, echo: Mapping[str, Any], generate: bool, dtype: str) -> bytes:
+    client = echo["client"]
+    packed, tensors = wire.pack(server.owed_to(client))
+    header = {**echo, "has": server.has.get(client, -1), "keep": server.round, "generate": generate, **packed}
+    return wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)), dtype)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

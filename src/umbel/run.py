@@ -424,6 +424,9 @@ def _run_member(
 
 def _plan(member: Member) -> Plan:
     config = member.config
+    least = config.server.min_clients if member.role == "method" else 0
+    if least > len(member.clients):
+        raise ConfigError(f"server.min_clients: got {least}, allowed: at most the {len(member.clients)} clients that take part")
     return Plan(
         method=methods.load(config.method.name, **config.method.options),
         rounds=config.rounds,
@@ -436,6 +439,7 @@ def _plan(member: Member) -> Plan:
         observe_start=config.task.kind != "classification" and member.role != "local",
         score_clients=member.role == "method",
         most_rank=max([config.lora.rank, *config.lora.rank_pattern.values()]),
+        min_clients=least,
     )
 
 

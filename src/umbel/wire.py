@@ -21,6 +21,9 @@ from umbel.method import Download, Factors
 VERSION = 1
 MAX_HEADER_BYTES = 16 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ECHO = ("run", "round", "client", "kind")
+"""What a reply repeats of its request's header, so that an old or misled one is known for what it is."""
+
 _ITEM_BYTES = {"F32": 4, "BF16": 2}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 

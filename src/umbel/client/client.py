@@ -159,8 +159,11 @@ class Client:
         with self._timed("wire"):
             request = wire.decode(payload)
         kind = request.header["kind"]
+        if request.header.get("client", self.number) != self.number:
+            raise wire.WireError(f"this is client {self.number}, the request is for client {request.header['client']!r:.80}")
+        echo = {key: request.header.get(key) for key in wire.ECHO}
         if kind == "open":
-            return wire.encode(wire.Message(self._open()))
+            return wire.encode(wire.Message({**echo, **self._open()}))
         for key in ("has", "keep"):
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
@@ -176,7 +179,7 @@ class Client:
             header, tensors, optimizer = self._train(request.header, optimizer)
         self._keep(request.header, optimizer)
         header["seconds"] = {stage: round(value, 3) for stage, value in self._seconds.items()}
-        return wire.encode(wire.Message(header, tensors), self.resident.config.wire.dtype)
+        return wire.encode(wire.Message({**header, **echo}, tensors), self.resident.config.wire.dtype)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
