@@ -5,20 +5,24 @@
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from umbel import config as configuration
 from umbel import kit
+from umbel.client import data
 from umbel.client.site import Site, Worker
 from umbel.config import ConfigError
 from umbel.engine import reason
@@ -94,12 +98,20 @@ def main(grid: Grid, context: Context) -> None:
         request = json.loads(Path(str(given["request"])).read_text(encoding="utf-8"))
         sys.path[:0] = request["path"]
         nodes: Nodes = Sites(grid, kit.read(Path(request["federation"])))
+        number = str(context.run_id)
         with Path(request["events"]).open("a", encoding="utf-8") as log:
 
             def listen(event: dict[str, Any]) -> None:
-                print(json.dumps({"time": time.time(), **event}), file=log, flush=True)
+                print(json.dumps({"time": time.time(), "number": number, **event}), file=log, flush=True)
 
-            serve(grid, request["table"], Path(request["folder"]), nodes, listen)
+            error = ""
+            try:
+                serve(grid, request["table"], Path(request["folder"]), nodes, listen)
+            except BaseException as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                raise
+            finally:
+                listen({"event": "end", "error": error})
     elif given.get("config"):
         file = Path(str(given["config"])).expanduser()
         out = Path(str(given.get("out") or Path("runs") / file.stem)).expanduser()
@@ -115,6 +127,38 @@ def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen:
         return Flower(grid, nodes.connected, job, deadline)
 
     run(table, folder, listen, network=Network(nodes.clients, engine))
+
+
+def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
+    """Runs a job in Flower's simulation: clients side by side in Ray's processes, each with a share of cores and GPUs.
+
+    Args:
+        table: A configuration (see `umbel.config`).
+        folder: Of the job; what clients keep is in its folder `sites`.
+        listen: Called with events, for progress.
+    """
+    from flwr.simulation import run_simulation
+
+    first = next(iter(configuration.configs(table).values()))
+    clients = data.load(first).clients
+    site = Site(None, (folder / "sites").resolve(), methods=None)
+    path = [os.getcwd()]
+    server, client = ServerApp(), ClientApp()
+
+    @server.main()
+    def _(grid: Grid, context: Context) -> None:
+        serve(grid, table, folder, Partitions(grid), listen)
+
+    @client.train()
+    def _(message: Message, context: Context) -> Message:
+        sys.path[:0] = [place for place in path if place not in sys.path]
+        return answer(site, message)
+
+    client.query()(query)
+    each = {"num_cpus": 1.0, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_simulation(server, client, clients, backend_config={"client_resources": each})
 
 
 def _print_event(event: dict[str, Any]) -> None:

@@ -21,6 +21,10 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file.")]
 
+JobFolder = Annotated[Path, typer.Argument(help="The folder that `umbel run --engine flower` named.")]
+
+ENGINES = ("local", "ray", "flower")
+
 WRONG_INPUT = ("ConfigError", "FolderError", "MergeError", "MethodError", "RecordError", "ReportError")
 """Exceptions of ours that the user can do something about."""
 
@@ -33,10 +37,17 @@ def run(
     file: Annotated[Path | None, typer.Argument(help="A TOML file, e.g. examples/quickstart.toml.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<file's name> if not given.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that stopped.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="Where clients are: local (this process), ray (processes of this machine), flower (a federation).")
+    ] = "local",
+    server: Annotated[
+        Path | None, typer.Option("--federation", metavar="DIR", help="For flower: the kit's server folder, kit/server.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="For flower: submit and come back at once.")] = False,
     assignments: SetFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Federate: train every method of the file, with central and local baselines beside them."""
+    """Federate: train every method of the file; in one process with central and local baselines beside them."""
     with _errors():
         from umbel import config, report
         from umbel import run as running
@@ -50,20 +61,102 @@ def run(
         table = None if file is None else config.read(file, assignments)
         if resume is None and running.is_job(folder):
             raise config.ConfigError(f"{folder} holds a run already; `umbel run --resume {folder}`, or give another --out")
+        if engine not in ENGINES:
+            raise config.ConfigError(f"--engine: got {engine!r}, allowed: {', '.join(ENGINES)}")
+        if (resume / "federation.json").is_file() if resume is not None else engine == "flower":
+            _run_federated(table, folder, server, detach, as_json)
+            return
+        if server is not None or detach:
+            raise config.ConfigError("--federation and --detach are for --engine flower")
         try:
             with _listening(as_json) as listen:
-                folder = running.resume(folder, listen) if table is None else running.run(table, folder, listen)
+                if engine == "ray":
+                    _simulate(table, folder, listen)
+                else:
+                    folder = running.resume(folder, listen) if table is None else running.run(table, folder, listen)
         except KeyboardInterrupt:
             kept = running.is_job(folder)
             how = f"Finished rounds are kept; go on with: umbel run --resume {folder}" if kept else "Nothing had begun."
             typer.echo(f"Stopped. {how}", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        page = report.write_html([report.read_job(folder)], folder / "report.html")
-        _print_report([folder], as_json)
-        if not as_json:
-            typer.echo(f"Report: {page}")
-            for label, place in _adapters(folder).items():
-                typer.echo(f"Adapter of {label}: {place}")
+        _print_result(folder, as_json)
+
+
+def _print_result(folder: Path, as_json: bool) -> None:
+    from umbel import report
+
+    page = report.write_html([report.read_job(folder)], folder / "report.html")
+    _print_report([folder], as_json)
+    if not as_json:
+        typer.echo(f"Report: {page}")
+        for label, place in _adapters(folder).items():
+            typer.echo(f"Adapter of {label}: {place}")
+
+
+def _simulate(table: dict[str, Any] | None, folder: Path, listen: Callable[[dict[str, Any]], None]) -> None:
+    from umbel import app as flower_app
+    from umbel import config
+
+    flower_app.simulate(table or config.read(folder / "job.toml"), folder, listen)
+
+
+def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | None, detach: bool, as_json: bool) -> None:
+    """Submits a job, or submits it again to go on, and follows it; Ctrl-C only stops looking."""
+    from umbel import config, federation
+
+    if table is None:
+        server = server or federation.find(folder).federation.folder
+        table = federation.table_of(folder)
+    if server is None:
+        raise config.ConfigError("--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)")
+    config.configs(table)  # what is wrong with it is said here and not in a log at the server
+    submitted = federation.submit(table, folder, server)
+    how = f"look: umbel status {folder} · umbel log {folder} · end it: umbel stop {folder}"
+    if not as_json:
+        typer.echo(f"Submitted to {submitted.federation.server} as Flower's run {submitted.number}; {how}", err=True)
+    if detach:
+        return
+    try:
+        with _listening(as_json) as listen:
+            federation.follow(submitted, listen)
+    except KeyboardInterrupt:
+        typer.echo(f"Detached; the run goes on. {how[0].upper()}{how[1:]}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _print_result(folder, as_json)
+
+
+@app.command()
+def status(folder: JobFolder, as_json: JsonFlag = False) -> None:
+    """Say how far a job of a federation is, and which sites are connected."""
+    with _errors():
+        from umbel import federation, report
+
+        told = federation.status(federation.find(folder))
+        if as_json:
+            typer.echo(json.dumps(told))
+        else:
+            _console().print(report.status_table(told))
+
+
+@app.command()
+def log(folder: JobFolder, as_json: JsonFlag = False) -> None:
+    """Print what has happened in a job of a federation: rounds, who answered, who was refused and why."""
+    with _errors():
+        from umbel import federation
+
+        federation.find(folder)
+        for event in federation.events(folder):
+            typer.echo(json.dumps(event) if as_json else federation.say(event))
+
+
+@app.command()
+def stop(folder: JobFolder) -> None:
+    """End a job of a federation; finished rounds are kept."""
+    with _errors():
+        from umbel import federation
+
+        federation.stop(federation.find(folder))
+        typer.echo(f"Stopped. Finished rounds are kept; go on with: umbel run --resume {folder}")
 
 
 @app.command()

@@ -174,7 +174,7 @@ def is_job(folder: Path) -> bool:
 
 def _check_empty(folder: Path) -> None:
     """Refuses a folder with anything of somebody else's in it, since a run writes and replaces folders there."""
-    begun = {".lock", "split.json", "split.json.partial", "job.toml.partial"}
+    begun = {".lock", "split.json", "split.json.partial", "job.toml.partial", "federation.json", "events.jsonl"}
     strange = sorted(path.name for path in folder.iterdir() if path.name not in begun)
     if strange and not is_job(folder):
         raise RecordError(f"{folder} is not empty ({', '.join(strange[:3])}) and holds no run; give another folder")
@@ -397,7 +397,7 @@ def _run_member(
         if network is not None:
             whole = {**job, "member": member.label, "config": configuration.to_table(config)}
             engine = _WithObserver(network.engine(whole, config.server.round_deadline), engine)
-            plan = replace(plan, run=job["run"], rejoin=True, observe_by="observer" if dataset.test else "clients")
+            plan = replace(plan, run=job["run"])
         server = federate(engine, plan, record, lambda event: listen({"event": "round", **event}))
         published = None
         if member.role != "local":

@@ -29,3 +29,8 @@ class Engine(Protocol):
     def ask(self, asks: Iterable[Ask]) -> Iterator[Reply]:
         """Yields one reply per ask, in any order, as they arrive; a silent client yields its reason."""
         ...
+
+
+def reason(error: BaseException) -> str:
+    """Stands in until the merge."""
+    return f"{type(error).__name__}: {error}"
