@@ -16,7 +16,7 @@ LAYERS = [
     {"method", "privacy"},
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
-    {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder"},
+    {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder"},
     {"loop", "engine", "client"},
     {"run", "merging", "report", "testing"},
     {"compare"},
