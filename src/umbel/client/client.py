@@ -13,7 +13,7 @@ from torch import Tensor
 
 from umbel import algebra, wire
 from umbel import method as methods
-from umbel.client import evaluate, fit
+from umbel.client import evaluate, fit, preflight
 from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode
 from umbel.client.model import Base
@@ -59,6 +59,10 @@ class Resident:
     def lora(self, client: int) -> Lora | None:
         """Returns a client's own rank and alpha; None where all have the same."""
         return self.config.lora.of(client, self.ranks[client]) if client in self.ranks else None
+
+    def rows_of(self, client: int) -> list[Example]:
+        """Returns a client's training rows."""
+        return [self.train[i] for i, own in enumerate(self.dataset.owner_train) if own == client]
 
     def score(self, owner: int, generate: bool, keep: Path | None = None) -> dict[str, float] | None:
         """Scores the model as it stands on a client's test rows, or on all for the observer; None without rows.
@@ -163,12 +167,15 @@ class Client:
             raise wire.WireError(f"this is client {self.number}, the request is for client {request.header['client']!r:.80}")
         echo = {key: request.header.get(key) for key in wire.ECHO}
         if kind == "open":
-            return wire.encode(wire.Message({**echo, **self._open()}))
+            return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))
         for key in ("has", "keep"):
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
                 raise wire.WireError(f"{key!r} is {request.header.get(key)!r:.80}, allowed: a number of rounds, or −1")
         optimizer = self._take(request)
+        if optimizer is None:
+            kept = self.resident.config.training.optimizer_state == "keep"
+            return wire.encode(wire.Message({**echo, "lost": "state and optimizer" if kept else "state"}))
         if kind == "observe":
             header, tensors = self._observe(request.header)
         elif kind == "measure":
@@ -188,16 +195,21 @@ class Client:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def _mine(self) -> list[Example]:
-        return [self.resident.train[i] for i, own in enumerate(self.resident.dataset.owner_train) if own == self.number]
+        return self.resident.rows_of(self.number)
 
-    def _open(self) -> Answer:
+    def _open(self, with_facts: bool) -> Answer:
         own = self.resident.ranks.get(self.number)
         layers = {name: [s.d_out, s.d_in, own or s.rank] for name, s in self.resident.adapter.layers.items()}
         plain = {name: list(p.shape) for name, p in self.resident.adapter.plain_parameters.items()}
-        return {"layers": layers, "plain": plain, "rows": len(self._mine())}
+        answer: Answer = {"layers": layers, "plain": plain, "rows": len(self._mine())}
+        return answer | ({"preflight": preflight.facts(self.resident, self.folder, self.number)} if with_facts else {})
 
-    def _take(self, request: wire.Message) -> dict[str, Tensor]:
-        """Puts this client on the model: its own state, then what it is owed. Returns its optimizers' states, as kept."""
+    def _take(self, request: wire.Message) -> dict[str, Tensor] | None:
+        """Puts this client on the model: its own state, then what it is owed.
+
+        Returns:
+            Its optimizers' states, as kept; None where the state that the server believes in is gone.
+        """
         adapter, optimizer = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
             has = request.header["has"]
@@ -205,7 +217,10 @@ class Client:
             if has < 0:
                 adapter.restart(self.resident.config.seed, own)
             else:
-                kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
+                try:
+                    kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
+                except (FileNotFoundError, wire.WireError):
+                    return None
                 optimizer = {k: x for k, x in kept.tensors.items() if k.startswith(OPTIMIZER)}
                 state = {k: x for k, x in kept.tensors.items() if not k.startswith(OPTIMIZER)}
                 adapter.scale(own)
@@ -222,8 +237,10 @@ class Client:
             self.folder.mkdir(parents=True, exist_ok=True)
             keep = {f"{header['has']}.safetensors", f"{header['keep']}.safetensors"}
             write_file(self.folder / f"{header['keep']}.safetensors", wire.encode(wire.Message({"history": history}, tensors)))
+            # Scoring at the end of a round that is not yet committed: if it is asked anew, an older state is the one it needs.
+            within = header["kind"] == "observe" and self.number != OBSERVER
             for old in self.folder.glob("*.safetensors"):
-                if old.name not in keep:
+                if old.name not in keep and not within:
                     old.unlink()
 
     def _seed(self, header: Answer) -> int:
@@ -291,8 +308,9 @@ class Client:
         with self._timed("evaluate"):
             generate = bool(header["generate"])
             # At the opening replies are generated, too, but only the last round's rows are kept.
-            keep = self._scores_file(generate and header["keep"] > 0)
-            return {"scores": self.resident.score(OBSERVER, generate, keep)}, {}
+            # A client's file has the scores of its own model, which its last round left.
+            keep = self._scores_file(generate and header["keep"] > 0 and self.number == OBSERVER)
+            return {"scores": self.resident.score(self.number, generate, keep)}, {}
 
     def _scores_file(self, last: bool) -> Path | None:
         """Returns where the scores of every row go after the last round."""
