@@ -43,7 +43,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<file's name> if not given.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that stopped.")] = None,
     engine: Annotated[
-        str, typer.Option(help="Where clients are: local (this process), ray (processes of this machine), flower (a federation).")
+        str,
+        typer.Option(help="Where clients are: local (this process), ray (processes of this machine), flower (a federation)."),
     ] = "local",
     server: Annotated[
         Path | None, typer.Option("--federation", metavar="DIR", help="For flower: the kit's server folder, kit/server.")
@@ -113,7 +114,9 @@ def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | No
         server = server or federation.find(folder).federation.folder
         table = federation.table_of(folder)
     if server is None:
-        raise config.ConfigError("--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)")
+        raise config.ConfigError(
+            "--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)"
+        )
     config.configs(table)  # what is wrong with it is said here and not in a log at the server
     submitted = federation.submit(table, folder, server)
     how = f"look: umbel status {folder} · umbel log {folder} · end it: umbel stop {folder}"

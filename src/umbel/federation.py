@@ -195,7 +195,9 @@ def say(event: dict[str, Any]) -> str:
     elif kind == "member":
         text = f"run {event['label']} ({event['index'] + 1} of {event['members']})"
     elif kind == "round":
-        text = f"round {event['round']} of {event['rounds']}: client {event['client']}, {event['answered']} of {event['clients']}"
+        text = (
+            f"round {event['round']} of {event['rounds']}: client {event['client']}, {event['answered']} of {event['clients']}"
+        )
     elif kind == "refused":
         text = f"round {event['round']}: refused client {event['client']}: {event['reason']}"
     elif kind == "end":

@@ -655,6 +655,7 @@ def _line(
         "rows": said("rows"),
         "steps": said("steps"),
         "loss": said("loss"),
+        "rounding": said("rounding"),
         "bytes_down": heard.bytes_down,
         "bytes_up": heard.bytes_up,
         "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},

@@ -27,6 +27,9 @@ Answer = dict[str, Any]
 OPTIMIZER = "optimizer|"
 """Begins the names of an optimizer's state in a client's file: optimizer|<factors>|<tensor>."""
 
+LOST = "lost|"
+"""Begins the names of what rounding an upload lost, in a client's file: lost|<the tensor's name in the upload>."""
+
 
 @dataclass
 class Resident:
@@ -172,8 +175,8 @@ class Client:
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
                 raise wire.WireError(f"{key!r} is {request.header.get(key)!r:.80}, allowed: a number of rounds, or −1")
-        optimizer = self._take(request)
-        if optimizer is None:
+        beside = self._take(request)
+        if beside is None:
             kept = self.resident.config.training.optimizer_state == "keep"
             return wire.encode(wire.Message({**echo, "lost": "state and optimizer" if kept else "state"}))
         if kind == "observe":
@@ -183,8 +186,13 @@ class Client:
         elif kind == "gather":
             header, tensors = self._gather(request.header)
         else:
-            header, tensors, optimizer = self._train(request.header, optimizer)
-        self._keep(request.header, optimizer)
+            header, tensors, beside = self._train(request.header, beside)
+            with self._timed("wire"):
+                tensors, beside = self._make_good(tensors, beside)
+        if kind != "observe":
+            with self._timed("wire"):
+                header |= self._rounding(tensors)
+        self._keep(request.header, beside)
         header["seconds"] = {stage: round(value, 3) for stage, value in self._seconds.items()}
         return wire.encode(wire.Message({**header, **echo}, tensors), self.resident.config.wire.dtype)
 
@@ -208,9 +216,10 @@ class Client:
         """Puts this client on the model: its own state, then what it is owed.
 
         Returns:
-            Its optimizers' states, as kept; None where the state that the server believes in is gone.
+            What it keeps beside the model: its optimizers' states, and what rounding its uploads lost; None where the state
+            that the server believes in is gone.
         """
-        adapter, optimizer = self.resident.adapter, dict[str, Tensor]()
+        adapter, beside = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
             has = request.header["has"]
             own = self.resident.lora(self.number)
@@ -221,19 +230,25 @@ class Client:
                     kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
                 except (FileNotFoundError, wire.WireError):
                     return None
-                optimizer = {k: x for k, x in kept.tensors.items() if k.startswith(OPTIMIZER)}
-                state = {k: x for k, x in kept.tensors.items() if not k.startswith(OPTIMIZER)}
+                beside = {k: x for k, x in kept.tensors.items() if k.startswith((OPTIMIZER, LOST))}
+                state = {k: x for k, x in kept.tensors.items() if k not in beside}
                 adapter.scale(own)
                 adapter.set_state(kept.header["history"], state)
             downloads = wire.unpack(request.header, request.tensors)
+            before = adapter.read(("A",)) if any(k.startswith(LOST) for k in beside) else {}
             adapter.apply(downloads, wire.unpack_plain(request.tensors), own_rank=self.number != OBSERVER)
-        return optimizer
+            if before:
+                after = adapter.read(("A",))
+                turned = {layer for layer, own in before.items() if not _same_directions(own["A"], after[layer]["A"])}
+                turned |= {layer for layer, download in downloads.items() if download.reset is not None}
+                beside = {k: x for k, x in beside.items() if not (k.startswith(LOST) and k.split("|")[1] in turned)}
+        return beside
 
-    def _keep(self, header: Answer, optimizer: dict[str, Tensor]) -> None:
+    def _keep(self, header: Answer, beside: dict[str, Tensor]) -> None:
         """Makes this client's state durable; the one the server believes in stays until the next request."""
         with self._timed("record"):
             history, tensors = self.resident.adapter.state()
-            tensors |= optimizer
+            tensors |= beside
             self.folder.mkdir(parents=True, exist_ok=True)
             keep = {f"{header['has']}.safetensors", f"{header['keep']}.safetensors"}
             write_file(self.folder / f"{header['keep']}.safetensors", wire.encode(wire.Message({"history": history}, tensors)))
@@ -246,7 +261,36 @@ class Client:
     def _seed(self, header: Answer) -> int:
         return algebra.seed_of(self.resident.config.seed, "client", self.number, header["train_round"])
 
-    def _train(self, header: Answer, optimizer: dict[str, Tensor]) -> tuple[Answer, dict[str, Tensor], dict[str, Tensor]]:
+    def _make_good(self, tensors: dict[str, Tensor], beside: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adds what rounding lost of earlier uploads to this one.
+
+        Returns:
+            (the upload, what to keep beside the model: with what rounding will lose this time).
+        """
+        dtype = self.resident.config.wire.dtype
+        if dtype != "int8":
+            return tensors, beside
+        beside, whole = dict(beside), dict[str, Tensor]()
+        for key, x in tensors.items():
+            last = beside.pop(LOST + key, None)
+            whole[key] = x if last is None or last.shape != x.shape else x + last
+            lost = whole[key] - wire.rounded(whole[key], dtype, key)
+            # An upload that is not finite is refused; it must not spoil the next.
+            if bool(lost.any()) and bool(lost.isfinite().all()):
+                beside[LOST + key] = lost
+        return whole, beside
+
+    def _rounding(self, tensors: Mapping[str, Tensor]) -> Answer:
+        """Returns {"rounding": ‖sent − rounded‖_F / ‖sent‖_F} of an upload; nothing where nothing is rounded."""
+        dtype = self.resident.config.wire.dtype
+        if dtype == "float32":
+            return {}
+        lost = sum(float((x - wire.rounded(x, dtype, key)).double().square().sum()) for key, x in tensors.items())
+        all_of_it = sum(float(x.double().square().sum()) for x in tensors.values())
+        share = math.sqrt(lost / all_of_it) if all_of_it > 0 else 0.0
+        return {"rounding": share} if math.isfinite(share) else {}
+
+    def _train(self, header: Answer, beside: dict[str, Tensor]) -> tuple[Answer, dict[str, Tensor], dict[str, Tensor]]:
         resident = self.resident
         # A method that trains now this, now that factor has an optimizer for each.
         mine = f"{OPTIMIZER}{''.join(header['trains'])}|"
@@ -260,7 +304,7 @@ class Client:
                 self._seed(header),
                 int(header["train_round"]),
                 int(header["rounds"]),
-                {k.removeprefix(mine): x for k, x in optimizer.items() if k.startswith(mine)},
+                {k.removeprefix(mine): x for k, x in beside.items() if k.startswith(mine)},
                 lambda step, steps: resident.on_step(self.number, step, steps),
                 resident.method,
             )
@@ -271,7 +315,7 @@ class Client:
             tensors = wire.pack_factors(resident.adapter.read(header["sends"]))
             # What keeps a factor at home keeps the head there, too.
             tensors |= {} if header["keeps"] else wire.pack_plain(resident.adapter.read_plain())
-        others = {k: x for k, x in optimizer.items() if not k.startswith(mine)}
+        others = {k: x for k, x in beside.items() if not k.startswith(mine)}
         answer = {"rows": len(self._mine()), "loss": fitted.loss, "steps": fitted.steps, "scores": scores}
         return answer, tensors, others | {mine + key: x for key, x in fitted.optimizer.items()}
 
@@ -318,6 +362,16 @@ class Client:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / "scores.jsonl"
+
+
+def _same_directions(before: Tensor, after: Tensor) -> bool:
+    """Whether an A still means the same directions, so that what its pair lost to rounding still belongs to it.
+
+    A mean moves A a little; a decomposition, or a fresh adapter, turns it into another.
+    """
+    if before.shape != after.shape:
+        return False
+    return float((before * after).sum()) > 0.5 * float(before.norm() * after.norm())
 
 
 def _best_product(G: Tensor, rank: int) -> dict[str, Tensor]:
