@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """Federate: train every method of the file; in one process with central and local baselines beside them."""
     with _errors():
-        from umbel import config, report
+        from umbel import config
         from umbel import run as running
 
         _find_own_modules()
