@@ -18,7 +18,7 @@ LAYERS = [
     {"methods", "config"},
     {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder"},
     {"loop", "engine", "client"},
-    {"run", "merging", "report", "testing"},
+    {"run", "merging", "report", "testing", "traffic", "planning"},
     {"compare"},
     {"cli"},
 ]
