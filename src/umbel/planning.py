@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,10 @@ from umbel import run as running
 from umbel.config import Config, ConfigError
 from umbel.method import Method
 from umbel.server import LayerShape, ServerError
-from umbel.traffic import FOLLOWED, Sites, Traffic, traffic
+from umbel.traffic import FOLLOWED, Sites, TooWide, Traffic, traffic
+
+MOST_SIDE = 2048
+"""Of a shrunk layer, for methods that are not in the file: what does not fit is left out, since it takes minutes."""
 
 FLOAT = 4
 """Bytes of a number of the adapter, whatever the model's dtype: PEFT trains it in float32."""
@@ -42,7 +44,14 @@ def plan(table: dict[str, Any], clients: int | None = None, link: str = "") -> d
     from umbel.client import model
 
     base = model.skeleton(shared, labels)
-    look = partial(_look, base)
+    looks: dict[str, dict[str, Any]] = {}
+
+    def look(config: Config) -> dict[str, Any]:
+        key = f"{config.lora} {config.training}"
+        if key not in looks:
+            looks[key] = _look(base, config)
+        return looks[key]
+
     entries: list[dict[str, Any]] = []
     for label, config in configs.items():
         entries.append(_entry(label, config, look(config), rows, dataset, speed, True))
@@ -234,9 +243,11 @@ def _entry(
     }
     sites = Sites(layers, seen["plain"], rows, ranks, _said(config))
     try:
-        told = traffic(running._plan(member), sites)  # pyright: ignore[reportPrivateUsage]
+        told = traffic(running._plan(member), sites, 2**31 if in_file else MOST_SIDE)  # pyright: ignore[reportPrivateUsage]
     except ServerError as error:
         return {**entry, "reason": _short(error)}
+    except TooWide:
+        return {**entry, "reason": f"stacks {len(rows)} clients, which takes minutes to follow: put it into the file"}
     sent = _sent(told, rows)
     entry |= {"options": config.method.options, "at_most": told.at_most, **sent}
     if speed is not None:
@@ -323,12 +334,11 @@ def _memory(
         "messages": 2 * largest,
     }
     state = adapter + products + (moments if config.training.optimizer_state == "keep" else 0)
-    down_and_up = sum(max(line[way].values(), default=0) for way in ("bytes_down", "bytes_up") for line in told.lines[-1:])
     return {
         "site": {**site, "total": sum(size or 0 for size in site.values())},
         # Two states, so that a kill at any moment leaves a whole one.
         "disk": {"model": _on_disk(config, seen), "states": 2 * state},
-        "server": {"kept": told.kept + products, "messages": max(2 * largest, down_and_up), "scoring": seen["weights"] + merged},
+        "server": {"kept": told.kept + products, "messages": 2 * largest, "scoring": seen["weights"] + merged},
     }
 
 

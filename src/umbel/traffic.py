@@ -76,33 +76,44 @@ class TooWide(Exception):
     """A width reached the side of a shrunk layer, so that the layer's own size may matter."""
 
 
-def traffic(plan: Plan, sites: Sites) -> Traffic:
+def traffic(plan: Plan, sites: Sites, most_side: int = 2**31) -> Traffic:
     """Returns what a run of this plan will send.
 
     Args:
         plan: The run's; nothing is scored or measured here.
         sites: Who takes part.
+        most_side: How large a layer may become before it is given up: what takes minutes where hundreds of clients are stacked.
 
     Raises:
         ServerError: The method refuses these layers or ranks.
+        TooWide: It was given up.
     """
     rounds = _enough(plan)
     short = replace(plan, rounds=rounds, observe="never", observe_start=False)
-    side = 2 * max(shape.rank for shape in sites.layers.values()) * (len(sites.rows) + 2)
-    while True:
-        small = Small(sites.layers, side)
-        try:
-            apart = _simulate(short, sites, small, agree=False)
-            alike = _simulate(short, sites, small, agree=True)
-            kept, merged = _kept(short, sites, small)
-            break
-        except TooWide:
-            side *= 2
+    small, apart = _settled(short, sites, most_side)
+    alike = _simulate(short, sites, small, agree=True)
+    kept, merged = _kept(short, sites, small)
     method = plan.method
     depends = [_sizes(line) for line in apart] != [_sizes(line) for line in alike]
     shrinks = any(type(phase).trained is not Method.trained for phase in method.plan(1))
     lines = _whole_run(apart, list(method.plan(plan.rounds)), list(method.plan(rounds)), rounds < plan.rounds and _partly(plan))
     return Traffic(lines, depends or shrinks, kept, merged, rounds)
+
+
+def _settled(plan: Plan, sites: Sites, most_side: int) -> tuple["Small", list[dict[str, Any]]]:
+    """Returns layers so large that some more changes no message, and what was sent with them."""
+    side = 4 + 2 * max(shape.rank for shape in sites.layers.values())
+    while True:
+        small, larger = Small(sites.layers, side), Small(sites.layers, side + 7)
+        try:
+            lines = _simulate(plan, sites, small, agree=False)
+            if small.layers == small.full or lines == _simulate(plan, sites, larger, agree=False):
+                return small, lines
+        except TooWide:
+            pass
+        side *= 2
+        if side > most_side:
+            raise TooWide
 
 
 def _sizes(line: Mapping[str, Any]) -> Any:
@@ -190,9 +201,7 @@ class Small:
         Raises:
             TooWide: A factor in it is as wide as a shrunk layer.
         """
-        (size,) = struct.unpack("<Q", payload[:8])
-        header = json.loads(payload[8 : 8 + size])
-        said = json.loads(header.pop("__metadata__")["umbel"])
+        said, header = opened(payload)
         key = json.dumps(header)
         if key not in self._lengths:
             self._lengths[key] = self._tensors(header)
@@ -246,6 +255,13 @@ class Small:
         return value
 
 
+def opened(payload: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a message's header and its tensors' entries (dtype, shape, place), without the tensors."""
+    (size,) = struct.unpack("<Q", payload[:8])
+    entries = json.loads(payload[8 : 8 + size])
+    return json.loads(entries.pop("__metadata__")["umbel"]), entries
+
+
 def _compact(value: Any, ascii: bool = False) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=ascii)
 
@@ -277,18 +293,18 @@ class Answering:
         self.number, self.place, self.sites, self.small, self.dtype, self.agree = number, place, sites, small, dtype, agree
         self.rank = {layer: sites.ranks.get(number, shape.rank) for layer, shape in small.layers.items()}
         self._R: dict[str, Shape] = {}
+        self._drawn: dict[tuple[str, str, Shape], Tensor] = {}
         # All alike, so that no upload weighs more: a spectrum of weights would be no flat one.
         self.rows = max(sites.rows.values())
 
     def answer(self, payload: bytes) -> bytes:
         """Answers one request as `umbel.client.client.Client` does."""
-        request = wire.decode(payload)
-        header = request.header
+        header, entries = opened(payload)
         if header["kind"] == "open":
             layers = {layer: [s.d_out, s.d_in, self.rank[layer]] for layer, s in self.small.layers.items()}
             plain = {name: list(shape) for name, shape in self.sites.plain.items()}
             return wire.encode(wire.Message({"layers": layers, "plain": plain, "rows": self.rows}))
-        self.take(wire.unpack_factors(request.tensors))
+        self.take({name: entry["shape"] for name, entry in entries.items()})
         measures = header["kind"] == "measure"
         factors = self.factors(header["sends"], header["round"])
         sends_plain = not measures and not header["keeps"]
@@ -299,9 +315,9 @@ class Answering:
         answer = {"rows": rows, **said, "seconds": dict.fromkeys(stages, 0.123)}
         return wire.encode(wire.Message(answer, tensors), self.dtype)
 
-    def take(self, factors: Mapping[str, Factors]) -> None:
-        """Notes the shape of an R that came down."""
-        self._R |= {layer: tuple(own["R"].shape) for layer, own in factors.items() if "R" in own}
+    def take(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Notes the shape of an R that came down, from tensors' names and shapes."""
+        self._R |= {name.removesuffix("|R"): tuple(shape) for name, shape in shapes.items() if name.endswith("|R")}
 
     def plain(self, index: int) -> dict[str, Tensor]:
         """Returns the parameters that are not factors."""
@@ -312,9 +328,16 @@ class Answering:
         return {layer: {name: self._factor(layer, name) * (1 + index / 64) for name in sends} for layer in self.rank}
 
     def _factor(self, layer: str, name: str) -> Tensor:
-        shape, rank = self.small.layers[layer], self.rank[layer]
+        rank = self.rank[layer]
+        R = self._R.get(layer, (rank, rank))
+        key = layer, name, R
+        if key not in self._drawn:
+            self._drawn[key] = self._draw(self.small.layers[layer], rank, R, name)
+        return self._drawn[key]
+
+    def _draw(self, shape: LayerShape, rank: int, R: Shape, name: str) -> Tensor:
         if name == "R":
-            return _waves(*self._R.get(layer, (rank, rank)), range(self._R.get(layer, (rank, rank))[1]), 512)
+            return _waves(*R, range(R[1]), max(R))
         if name == "G":
             return _waves(shape.d_out, shape.d_in, range(shape.d_in), max(shape.d_out, shape.d_in))
         index, count = self.place
@@ -403,7 +426,7 @@ def _kept(plan: Plan, sites: Sites, small: Small) -> tuple[int, dict[str, int]]:
         for k in asked if phase.sends else []:
             for layer, rank in clients[k].rank.items():
                 server.note_rank(k, layer, rank)
-            clients[k].take(server.held)
+            clients[k].take({name: x.shape for name, x in wire.pack_factors(server.held).items()})
             plain = clients[k].plain(index + 1) if aggregator._sends_plain() else {}  # pyright: ignore[reportPrivateUsage]
             aggregator.add(k, 1.0, clients[k].factors(phase.sends, index + 1), plain)
         if not phase.sends:
