@@ -13,7 +13,7 @@ from umbel import run as running
 from umbel.config import Config, ConfigError
 from umbel.method import Method
 from umbel.server import LayerShape, ServerError
-from umbel.traffic import FOLLOWED, Sites, TooWide, Traffic, traffic
+from umbel.traffic import FOLLOWED, WAYS, Sites, TooWide, Traffic, traffic
 
 MOST_SIDE = 2048
 """Of a shrunk layer, for methods that are not in the file: what does not fit is left out, since it takes minutes."""
@@ -238,9 +238,7 @@ def _entry(
     entry: dict[str, Any] = {"label": label, "name": config.method.name, "in_file": in_file, "reason": None}
     member = running.Member(label, ".", config, list(rows), "method")
     ranks = _ranks(config, rows, dataset)
-    layers = {
-        name: replace(shape, rank=max(ranks.values())) if ranks else shape for name, shape in seen["layers"].items()
-    }
+    layers = {name: replace(shape, rank=max(ranks.values())) if ranks else shape for name, shape in seen["layers"].items()}
     sites = Sites(layers, seen["plain"], rows, ranks, _said(config))
     try:
         told = traffic(running._plan(member), sites, 2**31 if in_file else MOST_SIDE)  # pyright: ignore[reportPrivateUsage]
@@ -252,8 +250,10 @@ def _entry(
     entry |= {"options": config.method.options, "at_most": told.at_most, **sent}
     if speed is not None:
         entry["seconds"] = _seconds(sent, speed)
+    if in_file:
+        entry["lines"] = told.lines
     phases = list(methods.load(config.method.name, **config.method.options).plan(config.rounds))
-    return {**entry, "memory": _memory(config, phases, seen, layers, told, sent), "traffic": told}
+    return {**entry, "memory": _memory(config, phases, seen, layers, told)}
 
 
 def _said(config: Config) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _sent(told: Traffic, rows: Mapping[int, int]) -> dict[str, Any]:
     """Returns bytes for the site that has the most to carry, and for all."""
 
     def summed(lines: list[dict[str, Any]], client: int) -> dict[str, int]:
-        return {way: sum(line[way].get(str(client), 0) for line in lines) for way in ("bytes_down", "bytes_up")}
+        return {way: sum(line[way].get(str(client), 0) for line in lines) for way in WAYS}
 
     sites = {k: summed(told.lines, k) for k in rows}
     most = max(sites, key=lambda k: sum(sites[k].values()))
@@ -282,7 +282,7 @@ def _sent(told: Traffic, rows: Mapping[int, int]) -> dict[str, Any]:
         "besides": summed([line for line in told.lines if line["phase"] != "train"], most),
         "run": sites[most],
         "sites": {str(k): own for k, own in sites.items()},
-        "all_sites": {way: sum(own[way] for own in sites.values()) for way in ("bytes_down", "bytes_up")},
+        "all_sites": {way: sum(own[way] for own in sites.values()) for way in WAYS},
         "training_rounds": len(training),
     }
 
@@ -308,7 +308,6 @@ def _memory(
     seen: Mapping[str, Any],
     layers: Mapping[str, LayerShape],
     told: Traffic,
-    sent: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns bytes in memory and on disk; what is rough in them is said on the page."""
     names = {"A", "B", *(name for phase in phases for name in phase.trains)}
@@ -321,7 +320,7 @@ def _memory(
         shape = layers[layer]
         products += FLOAT * min(width * config.rounds, shape.d_out, shape.d_in) * (shape.d_out + shape.d_in)
     merged = products + (seen["adapted"] if told.merged else 0)
-    largest = max(size for line in told.lines for way in ("bytes_down", "bytes_up") for size in line[way].values())
+    largest = max(size for line in told.lines for way in WAYS for size in line[way].values())
     measures = any(not phase.trains and phase.sends and phase.measures == "gradient" for phase in phases)
     measuring = seen["adapted"] + FLOAT * seen["adapted_numbers"] if measures else 0
     site = {

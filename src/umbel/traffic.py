@@ -7,6 +7,7 @@ d_out and d_in only where a stack gets as wide as the matrix, so below that it d
 
 # pyright: reportConstantRedefinition=false
 
+import itertools
 import json
 import math
 import struct
@@ -26,6 +27,8 @@ from umbel.record import Record
 from umbel.server import Aggregator, LayerShape, Server, ServerError
 
 Shape = tuple[int, ...]
+
+WAYS = ("bytes_down", "bytes_up")
 
 ALIKE = 4
 """Rounds after which a run in which everybody takes part sends nothing new, but for what its phases change."""
@@ -59,14 +62,15 @@ class Traffic:
 
     Args:
         lines: As of `rounds.jsonl`: "round", "phase", "train_round", and "bytes_down" and "bytes_up" by client.
-        at_most: Whether the bytes depend on what clients will have learned; `lines` then has the most they can be.
+        at_most: Of "bytes_down" and "bytes_up" those that depend on what clients will have learned; `lines` then has the most
+            that they can be.
         kept: Bytes that the server keeps of uploads at the worst moment of a round, and of what is held in common.
         merged: Per layer the width of the product that clients add to the frozen weight in a round; empty where none does.
         followed: Training rounds that were followed; all others are like one of them.
     """
 
     lines: list[dict[str, Any]]
-    at_most: bool
+    at_most: list[str]
     kept: int
     merged: dict[str, int]
     followed: int
@@ -92,12 +96,11 @@ def traffic(plan: Plan, sites: Sites, most_side: int = 2**31) -> Traffic:
     short = replace(plan, rounds=rounds, observe="never", observe_start=False)
     small, apart = _settled(short, sites, most_side)
     alike = _simulate(short, sites, small, agree=True)
-    kept, merged = _kept(short, sites, small)
-    method = plan.method
-    depends = [_sizes(line) for line in apart] != [_sizes(line) for line in alike]
-    shrinks = any(type(phase).trained is not Method.trained for phase in method.plan(1))
-    lines = _whole_run(apart, list(method.plan(plan.rounds)), list(method.plan(rounds)), rounds < plan.rounds and _partly(plan))
-    return Traffic(lines, depends or shrinks, kept, merged, rounds)
+    kept, merged = _kept(short, sites)
+    at_most = [way for way in WAYS if [line[way] for line in apart] != [line[way] for line in alike]]
+    phases, followed = list(plan.method.plan(plan.rounds)), list(plan.method.plan(rounds))
+    lines = _whole_run(apart, phases, followed, rounds < plan.rounds and _partly(plan))
+    return Traffic(lines, at_most, kept, merged, rounds)
 
 
 def _settled(plan: Plan, sites: Sites, most_side: int) -> tuple["Small", list[dict[str, Any]]]:
@@ -114,10 +117,6 @@ def _settled(plan: Plan, sites: Sites, most_side: int) -> tuple["Small", list[di
         side *= 2
         if side > most_side:
             raise TooWide
-
-
-def _sizes(line: Mapping[str, Any]) -> Any:
-    return line["bytes_down"], line["bytes_up"]
 
 
 def _partly(plan: Plan) -> bool:
@@ -141,10 +140,12 @@ def _enough(plan: Plan) -> int:
 def _steps(phases: Sequence[Method]) -> list[Any]:
     """Returns for each phase what tells it from others: what it is, and what came before it."""
     names = ["", *(f"{type(phase).__qualname__}{sorted(vars(phase).items())}" for phase in phases)]
-    return list(zip(names, names[1:]))
+    return list(itertools.pairwise(names))
 
 
-def _whole_run(lines: list[dict[str, Any]], phases: list[Method], followed: list[Method], in_turn: bool) -> list[dict[str, Any]]:
+def _whole_run(
+    lines: list[dict[str, Any]], phases: list[Method], followed: list[Method], in_turn: bool
+) -> list[dict[str, Any]]:
     """Returns a line for every phase of the run: that of the like phase that was followed last, or of all such in turn."""
     steps, known = _steps(phases), _steps(followed)
     result = [lines[0]]
@@ -284,13 +285,14 @@ class Answering:
         place: Its place among the clients, and how many there are.
         sites: Who takes part.
         small: The layers it has.
-        dtype: The wire's.
-        agree: Clients differ as much as they can (the widest spectrum a mean of products may have), or have one direction in
-            common that outweighs all others.
+        plan: The run's.
+        agree: Clients differ as much as they can (the widest spectrum a mean of products may have) and give up nothing, or
+            have one direction in common that outweighs all others, and whatever a method lets them give up.
     """
 
-    def __init__(self, number: int, place: tuple[int, int], sites: Sites, small: Small, dtype: str, agree: bool) -> None:
-        self.number, self.place, self.sites, self.small, self.dtype, self.agree = number, place, sites, small, dtype, agree
+    def __init__(self, number: int, place: tuple[int, int], sites: Sites, small: Small, plan: Plan, agree: bool) -> None:
+        self.place, self.sites, self.small, self.agree = place, sites, small, agree
+        self.method, self.dtype = plan.method, plan.dtype
         self.rank = {layer: sites.ranks.get(number, shape.rank) for layer, shape in small.layers.items()}
         self._R: dict[str, Shape] = {}
         self._drawn: dict[tuple[str, str, Shape], Tensor] = {}
@@ -306,6 +308,8 @@ class Answering:
             return wire.encode(wire.Message({"layers": layers, "plain": plain, "rows": self.rows}))
         self.take({name: entry["shape"] for name, entry in entries.items()})
         measures = header["kind"] == "measure"
+        if self.agree and header["kind"] == "train":
+            self._give_up()
         factors = self.factors(header["sends"], header["round"])
         sends_plain = not measures and not header["keeps"]
         tensors = wire.pack_factors(factors) | (wire.pack_plain(self.plain(header["round"])) if sends_plain else {})
@@ -319,6 +323,15 @@ class Answering:
         """Notes the shape of an R that came down, from tensors' names and shapes."""
         self._R |= {name.removesuffix("|R"): tuple(shape) for name, shape in shapes.items() if name.endswith("|R")}
 
+    def _give_up(self) -> None:
+        """Lets the method cut this client's rank after a training that made everything smaller."""
+        if type(self.method).trained is Method.trained:
+            return
+        for layer in self.rank:
+            after = {name: self._factor(layer, name) for name in ("A", "B")}
+            before = {name: 2 * x for name, x in after.items()}
+            self.rank[layer] = self.method.trained(before, after)["A"].shape[0]
+
     def plain(self, index: int) -> dict[str, Tensor]:
         """Returns the parameters that are not factors."""
         return {name: torch.full(shape, 0.01 * index) for name, shape in self.sites.plain.items()}
@@ -330,14 +343,14 @@ class Answering:
     def _factor(self, layer: str, name: str) -> Tensor:
         rank = self.rank[layer]
         R = self._R.get(layer, (rank, rank))
-        key = layer, name, R
+        key = layer, name, (rank, *R)
         if key not in self._drawn:
             self._drawn[key] = self._draw(self.small.layers[layer], rank, R, name)
         return self._drawn[key]
 
     def _draw(self, shape: LayerShape, rank: int, R: Shape, name: str) -> Tensor:
         if name == "R":
-            return _waves(*R, range(R[1]), max(R))
+            return _waves(R[0], R[1], range(R[1]), max(R))
         if name == "G":
             return _waves(shape.d_out, shape.d_in, range(shape.d_in), max(shape.d_out, shape.d_in))
         index, count = self.place
@@ -398,7 +411,7 @@ class _Lines(Record):
 
 def _clients(plan: Plan, sites: Sites, small: Small, agree: bool) -> dict[int, Answering]:
     count = len(plan.clients)
-    return {k: Answering(k, (i, count), sites, small, plan.dtype, agree) for i, k in enumerate(plan.clients)}
+    return {k: Answering(k, (i, count), sites, small, plan, agree) for i, k in enumerate(plan.clients)}
 
 
 def _simulate(plan: Plan, sites: Sites, small: Small, agree: bool) -> list[dict[str, Any]]:
@@ -411,15 +424,17 @@ def _simulate(plan: Plan, sites: Sites, small: Small, agree: bool) -> list[dict[
 # What the server keeps
 
 
-def _kept(plan: Plan, sites: Sites, small: Small) -> tuple[int, dict[str, int]]:
+def _kept(plan: Plan, sites: Sites) -> tuple[int, dict[str, int]]:
     """Returns the most bytes that a round's folding keeps, with what is held in common, and per layer the width that is merged.
 
-    Both are read off the real objects.
+    Both are read off the real objects, of layers that are wider than all clients' factors side by side, or the real ones.
     """
+    most_rank = max(shape.rank for shape in sites.layers.values())
+    small = Small(sites.layers, 1 + sum(sites.ranks.get(k, most_rank) for k in plan.clients) + 2 * most_rank)
     clients = _clients(plan, sites, small, agree=False)
     server = Server(small.layers, plan.seed, plan.dtype, dict(sites.plain))
     most, merged = 0, dict[str, int]()
-    for index, phase in enumerate(list(plan.method.plan(min(plan.rounds, 2)))):
+    for index, phase in enumerate(list(plan.method.plan(1))):
         everybody = list(clients)
         asked = everybody[: plan.clients_per_round or None] if phase.trains else everybody
         aggregator = Aggregator(phase, server, plan.measure_error)
@@ -440,7 +455,7 @@ def _kept(plan: Plan, sites: Sites, small: Small) -> tuple[int, dict[str, int]]:
 
 
 def _bytes(root: Any, small: Small) -> int:
-    """Returns the bytes of all tensors that can be reached, each storage once and as large as in all the layers it stands for."""
+    """Returns the bytes of all tensors within reach, each storage once and as large as in all the layers it stands for."""
     found: dict[int, int] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, str | None]] = [(root, None)]

@@ -161,7 +161,7 @@ def quiet() -> Iterator[None]:
 
 
 def skeleton(config: Config, labels: int) -> Base:
-    """Returns the model without its weights, on the meta device: what is adapted and how large it is, before anything is loaded.
+    """Returns the model without its weights, on the meta device: what is adapted and how large it is, before it is loaded.
 
     Where the weights are there, the names in their files say which modules a classification head lacks; where there is only a
     configuration (and for GGUF), all outside the encoder is taken to be new. There is no tokenizer.
@@ -185,8 +185,8 @@ def skeleton(config: Config, labels: int) -> Base:
                 model, heads = _model(config, path, labels, {**where, "device_map": "meta"})
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.name = {config.model.name!r}: no configuration of a model can be read there; give a folder with config.json, "
-            f"pkg:<package>/<path>, or a name that the local cache has. {error}"
+            f"model.name = {config.model.name!r}: no configuration of a model can be read there; give a folder with "
+            f"config.json, pkg:<package>/<path>, or a name that the local cache has. {error}"
         ) from error
     model.requires_grad_(False)
     model.eval()
