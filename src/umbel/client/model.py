@@ -163,8 +163,8 @@ def quiet() -> Iterator[None]:
 def skeleton(config: Config, labels: int) -> Base:
     """Returns the model without its weights, on the meta device: what is adapted and how large it is, before it is loaded.
 
-    Where the weights are there, the names in their files say which modules a classification head lacks; where there is only a
-    configuration (and for GGUF), all outside the encoder is taken to be new. There is no tokenizer.
+    The names in a folder's safetensors files say which modules of a classifier are new; without such files (a hub name, a
+    GGUF file, a configuration alone) all outside the encoder is taken to be. There is no tokenizer.
 
     Args:
         config: The run's.
@@ -194,9 +194,8 @@ def skeleton(config: Config, labels: int) -> Base:
 
 
 def _has_weights(path: str) -> bool:
-    """Whether a folder has weights; of a hub name, which has, the files' names are asked for when it is read."""
-    folder = Path(path)
-    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    """Whether there are weights whose names can be read without them; a hub's would have to be fetched first."""
+    return Path(path).is_dir() and any(Path(path).glob("*.safetensors"))
 
 
 def _from_configuration(config: Config, path: str, labels: int, where: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -75,6 +75,11 @@ def forecast_table(told: Mapping[str, Any], width: int | None = None) -> "Group"
     )
 
 
+def _site_memory(entry: Mapping[str, Any]) -> str:
+    site = entry["memory"]["site"]
+    return ("> " if site["activations"] is None else "") + words.size(site["total"])
+
+
 def _headline(told: Mapping[str, Any]) -> str:
     model, numbers = told["model"], sorted(set(told["adapter_parameters"].values()))
     asked = told["clients_per_round"]
@@ -102,7 +107,7 @@ def _fitting(told: Mapping[str, Any], shown: list[dict[str, Any]], room: int) ->
     for heading, key in (("round 1", "first_round"), ("later", "later_round"), ("besides", "besides"), ("whole run", "run")):
         columns += [(f"\n{heading}\n{way}", sizes(key, f"bytes_{way}")) for way in ("down", "up")]
     columns += [
-        ("\nsite\nmemory", lambda entry: words.size(entry["memory"]["site"]["total"])),
+        ("\nsite\nmemory", _site_memory),
         ("\nserver\nkeeps", lambda entry: words.size(entry["memory"]["server"]["kept"])),
         ("\nsite\ndisk", lambda entry: words.size(sum(entry["memory"]["disk"].values()))),
     ]
