@@ -2,11 +2,12 @@
 
     line.py NAME NAME '{"rate": 20000000, "delay_ms": 50, "loss": 0.01}'
 
-Makes two network cards of these names and carries whole Ethernet frames between them until SIGTERM, as two netem queues would: in
-each direction a frame is lost with probability `loss`, leaves when the bits before it have left at `rate` bits per second, and
-arrives `delay_ms` later; a queue takes 1000 frames. So TCP above it sees real losses, and repeats in earnest.
+Makes two network cards of these names and carries whole Ethernet frames between them until SIGTERM, as two netem queues would:
+in each direction a frame is lost with probability `loss`, leaves when the bits before it have left at `rate` bits per second,
+and arrives `delay_ms` later; a queue takes 1000 frames. So TCP above it sees real losses, and repeats in earnest.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -60,6 +61,8 @@ def card(name: str) -> int:
 
 def main(first: str, second: str, told: str) -> None:
     like = json.loads(told)
+    with contextlib.suppress(PermissionError):
+        os.nice(-15)  # a busy computer must not make the line slower than it is
     one, two = card(first), card(second)
     rate, delay, loss = like["rate"], like["delay_ms"] / 1000, like["loss"]
     directions = [Direction(one, two, rate, delay, loss, 1), Direction(two, one, rate, delay, loss, 2)]

@@ -4,8 +4,8 @@
         machines.start("server", ["umbel", "server", "start", "kit/server"])
         machines.run("hospital-a", ["curl", f"https://{machines.address('server')}:9092/"])
 
-The bridge has a namespace, too, so that the computer's own network stays as it is. Needs root and iproute2. Where namespaces are
-not allowed, `Machines(names, apart=False)` runs all on the loopback interface.
+The bridge has a namespace, too, so that the computer's own network stays as it is. Needs root and iproute2. Where namespaces
+are not allowed, `Machines(names, apart=False)` runs all on the loopback interface.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Machines:
         )
 
     def counted(self, name: str, card: str = "eth0") -> tuple[int, int]:
-        """Returns the bytes that a machine's network card has sent and received, Ethernet and TCP headers and repeats included."""
+        """Returns the bytes that a machine's network card has sent and received, all headers and repeats included."""
         found = json.loads(self.run(name, ["ip", "-json", "-statistics", "link", "show", card]).stdout)[0]["stats64"]
         return found["tx"]["bytes"], found["rx"]["bytes"]
 
@@ -163,7 +163,9 @@ def _has_netem() -> bool:
     """Whether the kernel has netem, tried on a loopback interface that nobody uses."""
     name = f"umbel-{os.getpid()}-netem"
     _ip("netns", "add", name)
-    tried = subprocess.run(["tc", "-netns", name, "qdisc", "add", "dev", "lo", "root", "netem"], capture_output=True, check=False)
+    tried = subprocess.run(
+        ["tc", "-netns", name, "qdisc", "add", "dev", "lo", "root", "netem"], capture_output=True, check=False
+    )
     _ip("netns", "delete", name)
     return tried.returncode == 0
 
