@@ -92,8 +92,6 @@ CASES = (
     Case("florist"),
     Case("fed_sb"),
     Case("fedit", tcp="cubic"),
-    Case("fedit", "int8", tcp="cubic"),
-    Case("fed_sb", tcp="cubic"),
 )
 
 
