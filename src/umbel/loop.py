@@ -461,7 +461,7 @@ def _ask(
             continue
         lost = _lost(reply) if client in asked and client in server.has else None
         if lost is None:
-            yield reply
+            yield _needing_nothing(reply)
             continue
         assert reply.payload is not None
         heard.bytes_up[str(client)] = len(reply.payload)
@@ -478,7 +478,14 @@ def _ask(
         else:
             again.append(client)
     if again:
-        yield from engine.ask(_counted(again, request, heard))
+        yield from map(_needing_nothing, engine.ask(_counted(again, request, heard)))
+
+
+def _needing_nothing(reply: Reply) -> Reply:
+    """Returns the reply, or why it is none where it speaks of a loss although the request needed nothing that was kept."""
+    return (
+        reply if _lost(reply) is None else Reply(reply.client, None, "says its files are gone, which the request did not need")
+    )
 
 
 def _lost(reply: Reply) -> str | None:
