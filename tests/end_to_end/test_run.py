@@ -501,7 +501,7 @@ def test_a_job_does_not_go_on_over_other_rows_or_another_configuration(tmp_path:
 def test_a_server_cannot_name_files_outside_a_clients_folder(keep: Any, tmp_path: Path) -> None:
     resident, _ = residents(tiny.causal_table(tmp_path), tmp_path)
     client = Client(0, resident, tmp_path / "deep" / "clients" / "0")
-    header = {"kind": "observe", "has": -1, "keep": keep, "generate": False}
+    header = {"kind": "observe", "client": 0, "has": -1, "keep": keep, "generate": False}
     with pytest.raises(wire.WireError, match="'keep' is"):
         client.answer(wire.encode(wire.Message(header)))
     assert not list(tmp_path.glob("**/*evil*"))

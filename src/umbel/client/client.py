@@ -133,8 +133,9 @@ class Client:
         with self._timed("wire"):
             request = wire.decode(payload)
         kind = request.header["kind"]
-        if request.header.get("client", self.number) != self.number:
-            raise wire.WireError(f"this is client {self.number}, the request is for client {request.header['client']!r:.80}")
+        asked = request.header.get("client")
+        if type(asked) is not int or asked != self.number:
+            raise wire.WireError(f"this is client {self.number}, the request is for client {asked!r:.80}")
         echo = {key: request.header.get(key) for key in wire.ECHO}
         if kind == "open":
             return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))
