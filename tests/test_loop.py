@@ -352,8 +352,8 @@ ECHOES = {
     "of another run": (saying(run="lung"), "client 1 answered for run 'lung', asked was run 'heart'"),
     "of no run": (saying(run=None), "client 1 answered for run None, asked was run 'heart'"),
     "of another client": (saying(client=2), "client 1 answered for client 2, asked was client 1"),
-    "of another kind": (saying(kind="open"), "client 1 answered for 'open', asked was 'train'"),
-    "of a kind that is a list": (saying(kind=[None]), "client 1 answered for [None], asked was 'train'"),
+    "of another kind": (saying(kind="open"), "client 1 answered for kind 'open', asked was kind 'train'"),
+    "of a kind that is a list": (saying(kind=[None]), "client 1 answered for kind [None], asked was kind 'train'"),
     "of a run without end": (saying(run="x" * 10**5), "client 1 answered for run 'xxx"),
 }
 
@@ -941,6 +941,35 @@ def test_the_scores_of_clients_count_by_their_test_rows_and_a_silent_one_is_skip
     assert refused["reason"].startswith("scoring the common model: RuntimeError: out of memory")
 
 
+HOSTILE = {
+    "infinite sums": {"accuracy": 1.7e308, "loss": -1.7e308, "rows": 5},
+    "sums of rows without end": {"accuracy_rows": 1.7e308, "accuracy": 1.0, "rows": 5},
+    "rows before the start": {"accuracy": 1.0, "rows": -5},
+    "half a row": {"accuracy": 1.0, "rows": 0.5},
+    "true rows": {"accuracy": 1.0, "rows": True},
+    "rows without end": {"accuracy": 1.0, "rows": 10**13},
+    "no rows": {"accuracy": 1.0},
+    "names without number": {**{f"score {i}": 1.0 for i in range(10**4)}, "rows": 5},
+    "a name without end": {"x" * 10**6: 1.0, "rows": 5},
+}
+
+
+@pytest.mark.parametrize("scores", HOSTILE.values(), ids=HOSTILE)
+def test_the_scores_of_a_client_cannot_hurt_the_run_that_it_scores(tmp_path, scores):
+    def change(answer, payload):
+        kind = wire.decode(payload).header["kind"]
+        return saying(scores=scores)(answer, payload) if kind == "observe" else answer(payload)
+
+    people = clients()
+    answers = {k: (after_the_opening(change) if k != 1 else lambda own: own)(people[k].answer) for k in range(3)}
+    federate(Local(answers), plan(observe_by="clients"), Record(tmp_path))
+    line = lines_of(tmp_path)[-1]
+    assert line["answered"] == [0, 1, 2]
+    assert len(json.dumps(line, allow_nan=False)) < 5000
+    assert 10 <= line["global"]["rows"] <= 20
+    assert math.isfinite(line["global"]["loss"])
+
+
 def test_clients_are_not_asked_to_score_where_nothing_is_to_be_scored(tmp_path):
     federate(by_clients(clients()), plan(observe="never", observe_by="clients"), Record(tmp_path))
     assert [line["global"] for line in lines_of(tmp_path)] == [None] * 4
@@ -1027,9 +1056,9 @@ def test_what_does_not_matter_is_let_pass_and_what_is_no_fact_is_not_recorded(tm
     federate(engine(people), plan(expected=EXPECTED), Record(tmp_path))
     first = lines_of(tmp_path)[0]
     assert first["answered"] == [0, 1, 2]
-    assert first["preflight"]["0"] == FACTS
+    assert first["preflight"]["0"] == {**FACTS, "layers": 2}
     own = first["preflight"]["1"]
-    assert set(own) <= set(FACTS)
+    assert set(own) <= {*FACTS, "layers"}
     assert set(own["versions"]) == set(EXPECTED["versions"])
     assert all(type(own[key]) is int and 0 <= own[key] < 2**63 for key in own if key.endswith("bytes"))
 
