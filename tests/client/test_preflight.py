@@ -74,7 +74,7 @@ def test_the_hash_of_the_model_is_that_of_its_files(site):
     before = own.facts()
     weights = Path(own.base.path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    after = own.facts()
+    after = preflight.facts(dataclasses.replace(own.resident), own.folder, 0)  # as another process says
     assert mismatch(before, after) == f"base model sha256 {after['model'][:12]}…, server {before['model'][:12]}…"
     assert mismatch(before, before) is None
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Resident:
     def __post_init__(self) -> None:
         choice = self.config.method
         self.method = methods.load(choice.name, **choice.options)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Versions and hashes of this process, read once: hashing a large model takes as long as reading it."""
+        return preflight.identity(self.config, self.base.tokenizer)
 
     def lora(self, client: int) -> Lora | None:
         """Returns a client's own rank and alpha; None where all have the same."""
