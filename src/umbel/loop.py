@@ -28,6 +28,9 @@ MOST_LOST_BYTES = 4096
 LOST = {"state": "its state", "state and optimizer": "its state and that of its optimizer"}
 """What a client may say that it has lost, and how the record says it."""
 
+MOST_SCORES, MOST_NAME = 50, 50
+"""Scores that a client may report of one model, and the length of a score's name."""
+
 STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
 
 
@@ -127,12 +130,7 @@ class _Heard:
         for key, asked in self.echo(client).items():
             got = header.get(key)
             if type(got) is not type(asked) or got != asked:
-                what = (
-                    f"{got!r:.80}, asked was {asked!r:.80}"
-                    if key == "kind"
-                    else f"{key} {got!r:.80}, asked was {key} {asked!r:.80}"
-                )
-                raise Refused(f"client {client} answered for {what}")
+                raise Refused(f"client {client} answered for {key} {got!r:.80}, asked was {key} {asked!r:.80}")
 
     def refuse(self, client: int, reason: str) -> None:
         self.refused.append({"client": client, "reason": reason[:1000]})
@@ -232,6 +230,8 @@ def _ask_to_open(engine: Engine, plan: Plan, clients: list[int], heard: _Heard) 
                     raise Refused(f"client {client}: {wrong}")
             rows[client] = _rows(client, message.header)
             said[client] = _schema(client, message.header, plan.most_rank)
+            if plan.expected is not None:
+                heard.facts[str(client)]["layers"] = len(_ranks(said[client]))
         except Refused as error:
             heard.refuse(client, str(error))
     return rows, said
@@ -461,7 +461,7 @@ def _ask(
             continue
         lost = _lost(reply) if client in asked and client in server.has else None
         if lost is None:
-            yield reply
+            yield _needing_nothing(reply)
             continue
         assert reply.payload is not None
         heard.bytes_up[str(client)] = len(reply.payload)
@@ -470,7 +470,7 @@ def _ask(
         if phase and phase.keeps:
             own = f" and with it its own {' and '.join(phase.keeps)}, kept at home until now"
         heard.lost[str(client)] = f"lost {lost} after round {server.has[client]}{own}"
-        # Its rank, too, begins as it was at the opening, which is at most the largest.
+        # It cuts what it is sent to its own rank.
         del server.has[client]
         server.ranks.pop(client, None)
         if gathers:
@@ -478,7 +478,14 @@ def _ask(
         else:
             again.append(client)
     if again:
-        yield from engine.ask(_counted(again, request, heard))
+        yield from map(_needing_nothing, engine.ask(_counted(again, request, heard)))
+
+
+def _needing_nothing(reply: Reply) -> Reply:
+    """Returns the reply, or why it is none where it speaks of a loss although the request needed nothing that was kept."""
+    if _lost(reply) is None:
+        return reply
+    return Reply(reply.client, None, "says its files are gone, which the request did not need")
 
 
 def _lost(reply: Reply) -> str | None:
@@ -575,9 +582,10 @@ def _observe_by_clients(engine: Engine, plan: Plan, server: Server, clients: lis
         if message is None:
             continue
         server.took(reply.client)
-        scores = _scores(message.header.get("scores")) or {}
-        rows = scores.get("rows", 0)
-        if type(rows) is int and 1 <= rows <= MOST_ROWS:
+        said = _scores(message.header.get("scores")) or {}
+        # Within what sums can take.
+        scores = {name: x for name, x in said.items() if abs(x) <= MOST_ROWS}
+        if type(scores.get("rows")) is int and scores["rows"] >= 1:
             scored.append(scores)
     seen.refused = [{**own, "reason": f"scoring the common model: {own['reason']}"[:1000]} for own in seen.refused]
     heard.add(seen)
@@ -621,9 +629,10 @@ def _number(value: Any) -> float | None:
 
 
 def _scores(value: Any) -> dict[str, float] | None:
-    """Returns the entries that are numbers, None where there are none."""
+    """Returns the entries that are numbers, not more than a client can honestly have, None where there are none."""
     entries = value.items() if isinstance(value, dict) else ()
-    return {key: x for key, x in entries if key.isascii() and _is_number(x)} or None
+    found = {key: x for key, x in entries if key.isascii() and len(key) <= MOST_NAME and _is_number(x)}
+    return dict(list(found.items())[:MOST_SCORES]) or None
 
 
 def _line(
