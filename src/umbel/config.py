@@ -215,12 +215,14 @@ class Server:
 
     Args:
         clients_per_round: Clients asked in each round, drawn by the seed; 0 asks all.
-        aggregation_error: Measure ‖ΔW_sent − Σ p_k ΔW_k‖ each round. Needs every upload until the round's end, also for
-            methods that could do with a running mean.
+        aggregation_error: Measure ‖ΔW_sent − Σ p_k ΔW_k‖ each round. Reads every upload once more, and takes a decomposition
+            per layer.
+        norm_limit: Refuse an upload whose ‖ΔW‖ is more than so many times the median of its round; 0 refuses none.
     """
 
     clients_per_round: int = 0
     aggregation_error: bool = True
+    norm_limit: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ LEAST = {
     "training.weight_decay": 0,
     "training.max_grad_norm": 0,
     "server.clients_per_round": 0,
+    "server.norm_limit": 0,
 }
 """What a number must not be below."""
 
@@ -388,6 +391,10 @@ def check(config: Config) -> Config:
             0 < config.split.clients < config.server.clients_per_round,
             f"server.clients_per_round: got {config.server.clients_per_round}, allowed: at most split.clients = "
             f"{config.split.clients}",
+        ),
+        (
+            0 < config.server.norm_limit < 1,
+            f"server.norm_limit: got {config.server.norm_limit}, allowed: 1 or more, or 0 to refuse none",
         ),
         (config.split.kind == "by" and not config.split.column, "split.column is missing: the column that names the client"),
         (config.task.kind == "instruction" and not config.task.response, "task.response is missing, e.g. '{answer}'"),

@@ -2,11 +2,14 @@
 
 import math
 import random
+import shutil
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from umbel import algebra, wire
@@ -21,6 +24,12 @@ Schema = dict[str, LayerShape | tuple[int, ...]]
 
 MOST_OPENING_BYTES = 16 * 2**20
 """Of a reply to the opening, which holds names and numbers only."""
+
+UPLOADS = "uploads"
+"""The folder under the record's where a round's uploads wait until all are there."""
+
+FEWEST_FOR_MEDIAN = 3
+"""Of uploads; among fewer, the median cannot tell which of them is out of line."""
 
 STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
 
@@ -41,6 +50,7 @@ class Plan:
         observe_start: Score the common model before the first round too.
         score_clients: Every client scores its own model on its own test rows, after training and before aggregation.
         most_rank: The largest rank that a client may say it has; 0 bounds it by the layer's size alone.
+        norm_limit: Refuse an upload whose ΔW has more than so many times the median norm of the round's; 0 refuses none.
     """
 
     method: Method
@@ -54,6 +64,7 @@ class Plan:
     observe_start: bool = False
     score_clients: bool = True
     most_rank: int = 0
+    norm_limit: float = 100.0
 
 
 @dataclass
@@ -65,6 +76,7 @@ class _Heard:
     replies: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     bytes_down: dict[str, int] = field(default_factory=dict[str, int])
     bytes_up: dict[str, int] = field(default_factory=dict[str, int])
+    norms: dict[int, float] = field(default_factory=dict[int, float])
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def add_seconds(self, header: Mapping[str, Any]) -> None:
@@ -76,6 +88,13 @@ class _Heard:
 
     def refuse(self, client: int, reason: str) -> None:
         self.refused.append({"client": client, "reason": reason[:1000]})
+
+    def arrange(self, asked: list[int]) -> None:
+        """Puts all in the order of asking, so that nothing depends on who was faster."""
+        place = {client: i for i, client in enumerate(asked)}
+        self.refused.sort(key=lambda refused: (place.get(refused["client"], len(asked)), refused["client"]))
+        self.replies = {client: self.replies[client] for client in asked if client in self.replies}
+        self.bytes_up = {str(client): self.bytes_up[str(client)] for client in asked if str(client) in self.bytes_up}
 
     def reasons(self) -> str:
         return "; ".join(f"client {refused['client']}: {refused['reason']}" for refused in self.refused)
@@ -108,6 +127,8 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
         plain = {name: tuple(shape) for name, shape in header["plain"].items()}
         server, rows = Server(layers, plan.seed, plan.dtype, plain), {int(k): n for k, n in header["rows"].items()}
         server.restore(header, tensors)
+    # Of a round that a kill ended; its clients are asked again.
+    shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
     committing = 0.0
     for index in range(server.round, len(phases)):
         committing = _round(engine, plan, record, server, rows, phases, index, progress, committing)
@@ -235,6 +256,7 @@ def _round(
     heard = _Heard()
     heard.seconds["record"] = committing
     if phase.sends:
+        (record.folder / UPLOADS).mkdir()
         aggregator = Aggregator(phase, server, plan.measure_error)
         total = sum(rows[client] for client in asked)
 
@@ -242,12 +264,16 @@ def _round(
             share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
             return _request(server, phase, client, index, train_round, plan, share)
 
-        for reply in _in_order(engine.ask(_counted(asked, request, heard)), asked):
-            _fold(reply, aggregator, heard, rows[reply.client])
+        uploads: dict[int, _Upload] = {}
+        for reply in _once_each(engine.ask(_counted(asked, request, heard)), asked, heard):
+            upload = _admit(reply, aggregator, heard, rows[reply.client], record.folder / UPLOADS)
+            uploads |= {} if upload is None else {reply.client: upload}
             progress(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
                 | {"client": reply.client, "answered": len(heard.replies)}
             )
+        _fold({client: uploads[client] for client in asked if client in uploads}, aggregator, heard, plan.norm_limit)
+        heard.arrange(asked)
     else:
         # A phase that sends nothing (Fed-SB's random start) is the server's alone.
         asked = []
@@ -270,7 +296,9 @@ def _round(
         scores = _observe(engine, server, last, heard)
     counted = train_round if _kind(phase) != "measure" else 0
     line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
-    return _commit(record, server, rows, line)
+    seconds = _commit(record, server, rows, line)
+    shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
+    return seconds
 
 
 def _kind(phase: Method) -> str:
@@ -326,6 +354,24 @@ def _in_order(replies: Iterable[Reply], asked: list[int]) -> Iterator[Reply]:
         yield waiting.get(client, Reply(client, None, "no reply"))
 
 
+def _once_each(replies: Iterable[Reply], asked: list[int], heard: _Heard) -> Iterator[Reply]:
+    """Yields the first reply of everybody who was asked, as it arrives, then the silent ones; others are noted as refusals."""
+    answered, strange = set[int](), set[tuple[int, str]]()
+    for reply in replies:
+        if reply.client in asked and reply.client not in answered:
+            answered.add(reply.client)
+            yield reply
+            continue
+        known = reply.client in asked
+        reason = "answered more than once; its first answer counts" if known else "was not asked in this round"
+        if (reply.client, reason) not in strange:
+            strange.add((reply.client, reason))
+            heard.refuse(reply.client, f"client {reply.client} {reason}")
+    for client in asked:
+        if client not in answered:
+            yield Reply(client, None, "no reply")
+
+
 def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> wire.Message | None:
     """Decodes a reply and notes its header; a failure is noted as a refusal."""
     if reply.payload is None:
@@ -344,21 +390,72 @@ def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> 
     return message
 
 
-def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int) -> None:
-    """Folds one reply in, or notes why not; `known` is how many rows the client said it has when the run was opened."""
+@dataclass(frozen=True)
+class _Upload:
+    """An upload that was checked and waits in its file for the others: n_k, its rank per layer, ‖ΔW_k‖_F."""
+
+    weight: int
+    factors: wire.Spooled
+    ranks: dict[str, int]
+    norm: float
+
+
+def _admit(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int, folder: Path) -> _Upload | None:
+    """Checks one reply by itself and puts it into a file, or notes why not.
+
+    Args:
+        reply: As it arrived.
+        aggregator: Of this round.
+        heard: Where refusals are noted.
+        known: How many rows the client said it has when the run was opened.
+        folder: Of the round's uploads.
+    """
     message = _read(reply, heard, aggregator.most_bytes())
-    if message is None:
-        return
+    if message is None or reply.payload is None:
+        return None
     started = time.perf_counter()
+    client, trains = reply.client, bool(aggregator.phase.trains)
     try:
         factors = wire.unpack_factors(message.tensors)
-        weight = _rows(reply.client, message.header)
-        if weight > known or (aggregator.phase.trains and weight != known):
-            raise Refused(f"client {reply.client} says it has {weight} rows, at the opening it had {known}")
-        aggregator.add(reply.client, weight, factors, wire.unpack_plain(message.tensors))
-        heard.answered.append(reply.client)
+        weight = _rows(client, message.header)
+        if weight > known or (trains and weight != known):
+            raise Refused(f"client {client} says it has {weight} rows, at the opening it had {known}")
+        if trains:
+            _check_steps(client, message.header)
+        ranks = aggregator.check(client, weight, factors, wire.unpack_plain(message.tensors))
+        aggregator.check_trained(client, factors)
+        norm = aggregator.norm(client, factors)
+        return _Upload(weight, wire.Spooled(reply.payload, folder / f"{client}.safetensors"), ranks, norm)
     except (Refused, wire.WireError) as error:
-        heard.refuse(reply.client, str(error))
+        heard.refuse(client, str(error))
+        return None
+    finally:
+        heard.seconds["server"] += time.perf_counter() - started
+
+
+def _check_steps(client: int, header: Mapping[str, Any]) -> None:
+    steps = header.get("steps")
+    if type(steps) is not int or not 1 <= steps < 2**63:
+        raise Refused(f"client {client} says it took {steps!r:.80} training steps, allowed: 1 or more")
+
+
+def _fold(uploads: Mapping[int, _Upload], aggregator: Aggregator, heard: _Heard, norm_limit: float) -> None:
+    """Folds the round's uploads in, in the order given, except those whose norm is out of line."""
+    started = time.perf_counter()
+    norms = [upload.norm for upload in uploads.values()]
+    # The lower of the two in the middle: what is too large must not move the measure.
+    median = statistics.median_low(norms) if len(norms) >= FEWEST_FOR_MEDIAN else 0.0
+    for client, upload in uploads.items():
+        heard.norms[client] = upload.norm
+        if norm_limit and median and upload.norm > norm_limit * median:
+            heard.refuse(
+                client,
+                f"client {client}: its ΔW has norm {upload.norm:.4g}, allowed: {norm_limit:g} (server.norm_limit) times "
+                f"{median:.4g}, the median of the round's {len(norms)} uploads",
+            )
+            continue
+        aggregator.fold(client, upload.weight, upload.factors, upload.factors.plain(), upload.ranks)
+        heard.answered.append(client)
     heard.seconds["server"] += time.perf_counter() - started
 
 
@@ -426,6 +523,7 @@ def _line(
         "steps": said("steps"),
         "loss": said("loss"),
         "rounding": said("rounding"),
+        "norm": {str(client): norm for client, norm in heard.norms.items()},
         "bytes_down": heard.bytes_down,
         "bytes_up": heard.bytes_up,
         "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},

@@ -371,6 +371,7 @@ def _plan(member: Member) -> Plan:
         observe_start=config.task.kind != "classification" and member.role != "local",
         score_clients=member.role == "method",
         most_rank=max([config.lora.rank, *config.lora.rank_pattern.values()]),
+        norm_limit=config.server.norm_limit,
     )
 
 
