@@ -353,7 +353,8 @@ class Aggregator:
             raise Refused(f"client {client} sent B = 0 in every layer, so its update is zero: it has not trained")
 
     def _is_held(self, layer: str, name: str, x: Tensor) -> bool:
-        was = self.server.held[layer][name]
+        # A fresh adapter was drawn by both sides and never rounded.
+        was = wire.rounded(self.server.held[layer][name], self.server.dtype, name)
         if name in ("A", "B"):
             # A client of another rank was sent the first directions, or filled up with a B of zeros.
             axis = 0 if name == "A" else 1
