@@ -372,7 +372,9 @@ def _once_each(replies: Iterable[Reply], asked: list[int], heard: _Heard) -> Ite
             yield Reply(client, None, "no reply")
 
 
-def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> wire.Message | None:
+def _read(
+    reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES, most_header: int = wire.MAX_HEADER_BYTES
+) -> wire.Message | None:
     """Decodes a reply and notes its header; a failure is noted as a refusal."""
     if reply.payload is None:
         heard.refuse(reply.client, reply.reason)
@@ -380,7 +382,7 @@ def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> 
     started = time.perf_counter()
     heard.bytes_up[str(reply.client)] = len(reply.payload)
     try:
-        message = wire.decode(reply.payload, most_bytes)
+        message = wire.decode(reply.payload, most_bytes, most_header)
     except wire.WireError as error:
         heard.refuse(reply.client, str(error))
         return None
@@ -410,7 +412,7 @@ def _admit(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int, fold
         known: How many rows the client said it has when the run was opened.
         folder: Of the round's uploads.
     """
-    message = _read(reply, heard, aggregator.most_bytes())
+    message = _read(reply, heard, aggregator.most_bytes(), aggregator.most_header())
     if message is None or reply.payload is None:
         return None
     started = time.perf_counter()

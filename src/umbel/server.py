@@ -289,13 +289,17 @@ class Aggregator:
         self.folded.append(client)
 
     def most_bytes(self) -> int:
-        """Returns how long an honest upload can be: every factor at its largest, and a mebibyte for names and header."""
+        """Returns how long an honest upload can be: every factor at its largest, and its header."""
         numbers = sum(math.prod(shape) for shape in (self.server.plain_shapes or {}).values())
         for shape in self.server.layers.values():
             sizes = {"A": shape.rank * shape.d_in, "B": shape.rank * shape.d_out, "R": shape.rank**2}
             sizes["G"] = shape.d_in * shape.d_out
             numbers += sum(sizes.get(name, 0) for name in self.phase.sends)
-        return 4 * numbers + 2**20 + 400 * len(self.server.layers)
+        return 4 * numbers + self.most_header()
+
+    def most_header(self) -> int:
+        """Returns how long its header can be: a mebibyte, and 400 bytes for the names and shapes of each layer."""
+        return 2**20 + 400 * len(self.server.layers)
 
     def check(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> dict[str, int]:
         """Checks that one client's upload fits: layers, names, shapes, ranks, numbers.
