@@ -382,7 +382,7 @@ class Aggregator:
         known = self.server.held[layer]
         if not {"A", "B"} <= own.keys():
             known = Download(known).cut(self.server.rank_of(client, layer)).factors
-        B, A = method.product({**known, **own})
+        B, A = (x.double() for x in method.product({**known, **own}))
         return max(0.0, float(algebra.inner(B, A, B, A)))
 
     def _sends_plain(self) -> bool:
