@@ -201,10 +201,47 @@ class Chatty:
                 yield Reply(7, reply.payload)
 
 
-def test_replies_that_nobody_asked_for_change_nothing(tmp_path):
+def test_replies_that_nobody_asked_for_and_second_ones_change_nothing_but_are_noted_once_each(tmp_path):
     federate(engine(clients()), plan(), Record(tmp_path / "quiet"))
     federate(Chatty(engine(clients())), plan(), Record(tmp_path / "chatty"))
-    assert ending(tmp_path / "quiet") == ending(tmp_path / "chatty")
+    quiet, chatty = ending(tmp_path / "quiet"), ending(tmp_path / "chatty")
+    assert quiet[:2] == chatty[:2]
+    for told, line in zip(quiet[2], chatty[2]):
+        assert {**told, "refused": []} == {**line, "refused": []}
+        twice = [{"client": k, "reason": f"client {k} answered more than once; its first answer counts"} for k in range(3)]
+        strange = {"client": 7, "reason": "client 7 was not asked in this round"}
+        assert line["refused"] == ([*twice, strange] if line["phase"] == "train" else [])
+
+
+class Waits:
+    """Notes, as each client is asked, whose uploads wait in files."""
+
+    def __init__(self, inner, folder):
+        self.inner, self.folder, self.seen = inner, folder / "uploads", []
+
+    def ask(self, asks):
+        for ask in asks:
+            self.seen.append(sorted(path.name for path in self.folder.glob("*")))
+            yield from self.inner.ask([ask])
+
+
+def test_uploads_wait_in_files_until_the_round_is_committed(tmp_path):
+    waits = Waits(engine(clients(), client_1=after_the_opening(saying(rows=0))), tmp_path)
+    federate(waits, plan(rounds=1), Record(tmp_path))
+    first, third = "0.safetensors", "2.safetensors"
+    assert waits.seen == [[], [], [], [], [first], [first], [first, third]]
+    assert not (tmp_path / "uploads").exists()
+
+
+def test_uploads_of_a_round_that_was_killed_are_gone_when_it_begins_anew(tmp_path):
+    with pytest.raises(Killed):
+        federate(Dying(engine(clients()), last=4, heard=True), plan(), Record(tmp_path))
+    assert (tmp_path / "uploads" / "0.safetensors").exists()
+    (tmp_path / "uploads" / "9.safetensors").write_bytes(b"of another round")
+    waits = Waits(engine(clients()), tmp_path)
+    federate(waits, plan(), Record(tmp_path))
+    assert waits.seen[0] == []
+    assert not (tmp_path / "uploads").exists()
 
 
 class Silent:
@@ -1139,6 +1176,7 @@ def test_every_line_has_the_fields_that_the_report_reads(tmp_path):
             "steps",
             "loss",
             "rounding",
+            "norm",
             "bytes_down",
             "bytes_up",
             "seconds",
