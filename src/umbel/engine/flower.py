@@ -23,6 +23,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_obj
 from flwr.superlink.grid import http_grid
 
 from umbel.engine import Ask, Reply
+from umbel.engine.flower_strategy import as_strategy as as_strategy
 
 CHUNK_BYTES = 5 * 2**20
 """How Flower cuts arrays."""
