@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from umbel import cli_federation
+
 app = typer.Typer(
     name="umbel",
     help="Federated LoRA fine-tuning of language models: adapters aggregated right, and the error said out loud.",
@@ -17,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_federation.kit_app, name="kit")
+app.add_typer(cli_federation.server_app, name="server")
+app.add_typer(cli_federation.site_app, name="site")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file.")]
@@ -38,7 +43,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<file's name> if not given.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that stopped.")] = None,
     engine: Annotated[
-        str, typer.Option(help="Where clients are: local (this process), ray (processes of this machine), flower (a federation).")
+        str,
+        typer.Option(help="Where clients are: local (this process), ray (processes of this machine), flower (a federation)."),
     ] = "local",
     server: Annotated[
         Path | None, typer.Option("--federation", metavar="DIR", help="For flower: the kit's server folder, kit/server.")
@@ -49,7 +55,7 @@ def run(
 ) -> None:
     """Federate: train every method of the file; in one process with central and local baselines beside them."""
     with _errors():
-        from umbel import config, report
+        from umbel import config
         from umbel import run as running
 
         _find_own_modules()
@@ -108,7 +114,9 @@ def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | No
         server = server or federation.find(folder).federation.folder
         table = federation.table_of(folder)
     if server is None:
-        raise config.ConfigError("--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)")
+        raise config.ConfigError(
+            "--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)"
+        )
     config.configs(table)  # what is wrong with it is said here and not in a log at the server
     submitted = federation.submit(table, folder, server)
     how = f"look: umbel status {folder} · umbel log {folder} · end it: umbel stop {folder}"
