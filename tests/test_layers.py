@@ -29,7 +29,7 @@ UPWARD = {("method", "methods")}
 """What points up all the same: method.names() lists the files of the package `methods`, and find() loads one of them."""
 
 HOMES = {
-    "flwr": {"engine/flower.py", "app.py"},
+    "flwr": {"engine/flower.py", "engine/flower_strategy.py", "app.py"},
     "matplotlib": {"report"},
     "transformers": {"client"},
     "peft": {"client"},

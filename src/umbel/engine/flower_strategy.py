@@ -24,7 +24,7 @@ from umbel import algebra, peft_config, peft_folder
 from umbel.method import Download, Factors, Method, MethodError, load, names, taking_mixed_ranks
 from umbel.peft_config import PREFIX, Contents
 from umbel.safetensors_file import FolderError, short
-from umbel.server import Aggregated, Aggregator, LayerShape, Refused, Server
+from umbel.server import Aggregator, LayerShape, Refused, Server
 
 ALPHA = "lora_alpha"
 """Where, in a ConfigRecord of its reply, a client of a rank of its own says its scale."""
@@ -141,7 +141,7 @@ class AdapterStrategy(FedAvg):
 
         aggregation-error       ‖ΔW sent − Σ p_k ΔW_k‖_F / ‖Σ p_k ΔW_k‖_F, mean over layers
         aggregation-error-max   of the worst layer
-        aggregation-rank        largest rank of what was sent
+        aggregation-rank        largest rank that the method made, at most the common one
         replies-refused         replies that were left out
     """
 
@@ -193,12 +193,11 @@ class AdapterStrategy(FedAvg):
             folded.append(content)
         if not folded:
             return None, None
-        aggregated = round_.aggregator.done()
+        arrays, measured = round_.done()
         metrics = self.train_metrics_aggr_fn(folded, self.weighted_by_key)
-        for name, value in _measured(aggregated).items():
+        for name, value in {**measured, "replies-refused": len(answered) - len(folded)}.items():
             metrics[name] = value
-        metrics["replies-refused"] = len(answered) - len(folded)
-        return round_.result(aggregated), metrics
+        return arrays, metrics
 
     def _phase(self, server_round: int) -> Method:
         return list(self.method.plan(server_round))[-1]
@@ -292,7 +291,8 @@ class _Round:
         shapes = {name: LayerShape(own.d_out, own.d_in, own.rank) for name, own in sent.contents.layers.items()}
         self._server = Server(shapes, seed=0, plain_shapes=sent.contents.plain)
         self._server.held = sent.factors()
-        self.aggregator = Aggregator(cast(Method, _AtOneRank(phase, number)), self._server)
+        self._fitted = _AtOneRank(phase, number)
+        self._aggregator = Aggregator(cast(Method, self._fitted), self._server)
 
     def add(self, node: int, weight: float, adapter: _Adapter) -> None:
         """Folds in one client's adapter.
@@ -310,13 +310,18 @@ class _Round:
                         f"what the round's configuration says under {FACTORS!r}"
                     )
         uploads = {name: {factor: own[factor] for factor in self._phase.sends} for name, own in factors.items()}
-        self.aggregator.add(node, weight, uploads, adapter.plain())
+        self._aggregator.add(node, weight, uploads, adapter.plain())
 
-    def result(self, aggregated: Aggregated) -> ArrayRecord:
-        """Returns the common adapter after the round."""
-        factors = {name: {**self._server.held[name], **own.factors} for name, own in aggregated.downloads.items()}
+    def done(self) -> tuple[ArrayRecord, dict[str, float | int]]:
+        """Returns the common adapter after the round, and what was measured."""
+        aggregated = self._aggregator.done()
+        factors = {name: own.factors for name, own in aggregated.downloads.items()}
         plain = {**self._sent.plain(), **aggregated.plain}
-        return self._sent.like(factors, plain, self._sent.contents)
+        measured: dict[str, float | int] = {"aggregation-rank": self._fitted.rank}
+        errors = [x for x in (aggregated.error or {}).values() if math.isfinite(x)]
+        if errors:  # where the mean of all updates is zero, no error is relative to it
+            measured |= {"aggregation-error": sum(errors) / len(errors), "aggregation-error-max": max(errors)}
+        return self._sent.like(factors, plain, self._sent.contents), measured
 
 
 class _AtOneRank:
@@ -324,23 +329,25 @@ class _AtOneRank:
 
     def __init__(self, method: Method, number: int) -> None:
         self._method, self._number = method, number
+        self.rank = 0
+        """Largest rank of what the method made, as far as it is sent."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)
 
     def combine_layers(self, got: Mapping[str, Any], held: Mapping[str, Factors]) -> dict[str, Download]:
-        combined = self._method.combine_layers(got, held)
-        return {name: self._fitted(name, own.cut(held[name]["A"].shape[0]), held[name]) for name, own in combined.items()}
+        return {name: self._fitted(name, own, held[name]) for name, own in self._method.combine_layers(got, held).items()}
 
     def _fitted(self, name: str, download: Download, held: Factors) -> Download:
-        if not {"A", "B"} <= download.factors.keys():
-            return download
-        B, A = download.factors["B"], download.factors["A"]
-        short = held["A"].shape[0] - A.shape[0]
-        if short:
+        rank = held["A"].shape[0]
+        factors = {**held, **download.cut(rank).factors}
+        B, A = factors["B"], factors["A"]
+        missing = rank - A.shape[0]
+        self.rank = max(self.rank, A.shape[0])
+        if missing:
             # The product stays, and the further directions can be trained.
-            fresh = algebra.fresh_A(short, A.shape[1], algebra.seed_of("pad", name, self._number)).to(A)
-            B, A = torch.nn.functional.pad(B, (0, short)), torch.cat([A, fresh])
+            fresh = algebra.fresh_A(missing, A.shape[1], algebra.seed_of("pad", name, self._number)).to(A)
+            B, A = torch.nn.functional.pad(B, (0, missing)), torch.cat([A, fresh])
         return Download({"A": A, "B": B})
 
 
@@ -379,14 +386,6 @@ def _tensor(array: Array, largest: tuple[int, ...] | None) -> Tensor:
     if not shape or not all(shape) or file.tell() + math.prod(shape) * dtype.itemsize != len(array.data):
         raise Refused(f"has shape {shape} and {len(array.data)} bytes, which do not fit")
     return torch.from_numpy(np.ascontiguousarray(array.numpy()))
-
-
-def _measured(aggregated: Aggregated) -> dict[str, float | int]:
-    errors = [x for x in (aggregated.error or {}).values() if math.isfinite(x)]
-    found: dict[str, float | int] = {"aggregation-rank": max(aggregated.rank.values())}
-    if errors:  # where the mean of all updates is zero, no error is relative to it
-        found |= {"aggregation-error": sum(errors) / len(errors), "aggregation-error-max": max(errors)}
-    return found
 
 
 def _some(keys: list[str]) -> str:
