@@ -5,13 +5,14 @@
 """
 
 import json
+import logging
 import os
 import sys
-import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from umbel.client.site import Site, Worker
 from umbel.config import ConfigError
 from umbel.engine import reason
 from umbel.engine.flower import Flower, job_of, payload_of, to_content
+from umbel.federation import say
 from umbel.run import Listener, Network, run
 
 NODES_SECONDS = 120
@@ -42,8 +44,10 @@ _workers: dict[Site, Worker] = {}
 class Nodes(Protocol):
     """Who of Flower's nodes is which client of ours."""
 
-    clients: list[int] | None
-    """All that may take part, connected or not; None where the run's file says it."""
+    @property
+    def clients(self) -> list[int] | None:
+        """All that may take part, connected or not; None where the run's file says it."""
+        ...
 
     def connected(self) -> Mapping[int, int]:
         """Returns client numbers and node ids of those that are there now."""
@@ -94,10 +98,10 @@ class Partitions:
 def main(grid: Grid, context: Context) -> None:
     """Runs the job that `umbel run` asked for, or the run file that `flwr run` names."""
     given = context.run_config
-    if "request" in given:
+    if given.get("request"):
         request = json.loads(Path(str(given["request"])).read_text(encoding="utf-8"))
         sys.path[:0] = request["path"]
-        nodes: Nodes = Sites(grid, kit.read(Path(request["federation"])))
+        nodes = Sites(grid, kit.read(Path(request["federation"])))
         number = str(context.run_id)
         with Path(request["events"]).open("a", encoding="utf-8") as log:
 
@@ -113,11 +117,33 @@ def main(grid: Grid, context: Context) -> None:
             finally:
                 listen({"event": "end", "error": error})
     elif given.get("config"):
-        file = Path(str(given["config"])).expanduser()
-        out = Path(str(given.get("out") or Path("runs") / file.stem)).expanduser()
-        serve(grid, configuration.read(file), out, Partitions(grid), _print_event)
+        file, out = _own_paths(given)
+        table, nodes = configuration.read(file), Partitions(grid)
+        _check_partitions(_clients(table), len(nodes.connected()))
+        serve(grid, table, out, nodes, _print_event)
     else:
         raise ConfigError("no run file; give it with: flwr run app --run-config 'config=\"/path/of/run.toml\"'")
+
+
+def _clients(table: dict[str, Any]) -> int:
+    return data.load(next(iter(configuration.configs(table).values()))).clients
+
+
+def _check_partitions(clients: int, nodes: int) -> None:
+    if nodes < clients:
+        raise ConfigError(
+            f"the run has {clients} clients, the simulation {nodes} nodes; add: --federation-config 'num-supernodes={clients}'"
+        )
+
+
+def _own_paths(given: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Returns the run file that `flwr run` names, and the folder for its results."""
+    file = Path(str(given.get("config", ""))).expanduser()
+    out = Path(str(given.get("out") or file.parent / "runs" / file.stem)).expanduser()
+    for key, path in (("config", file), ("out", out)):
+        if not path.is_absolute():
+            raise ConfigError(f"{key}: got {str(path)!r}, wanted a whole path; Flower's processes work in folders of their own")
+    return file, out
 
 
 def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen: Listener) -> None:
@@ -139,8 +165,7 @@ def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
     """
     from flwr.simulation import run_simulation
 
-    first = next(iter(configuration.configs(table).values()))
-    clients = data.load(first).clients
+    clients = _clients(table)
     site = Site(None, (folder / "sites").resolve(), methods=None)
     path = [os.getcwd()]
     server, client = ServerApp(), ClientApp()
@@ -155,15 +180,28 @@ def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
         return answer(site, message)
 
     client.query()(query)
-    each = {"num_cpus": 1.0, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    each: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
+    with _only_errors():
         run_simulation(server, client, clients, backend_config={"client_resources": each})
 
 
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Keeps Flower from saying what it does, since our progress is shown, and that `run_simulation` is not for apps."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def _print_event(event: dict[str, Any]) -> None:
-    if event["event"] in ("stage", "note", "round"):
-        print("umbel:", ", ".join(f"{key} {value}" for key, value in event.items() if key != "event"), flush=True)
+    if event["event"] in ("stage", "note", "member", "round", "refused"):
+        print("umbel:", say({**event, "time": time.time()}), flush=True)
 
 
 @client_app.query()
@@ -196,8 +234,7 @@ def site_of(context: Context) -> Site:
     folder = context.node_config.get("site")
     if folder is None:
         # A simulation: run file and rows are this machine's own.
-        state = context.node_config.get("state") or Path(tempfile.gettempdir()) / "umbel-simulation"
-        return Site(None, Path(str(state)), methods=None)
+        return Site(None, _own_paths(context.run_config)[1] / "sites", methods=None)
     settings = kit.read_site(Path(str(folder)))
     return Site(
         settings.number,
