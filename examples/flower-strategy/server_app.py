@@ -6,6 +6,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from topics import LORA, accuracy, load_adapter, load_model, load_rows, read_adapter
+
 from umbel.engine.flower import as_strategy
 
 app = ServerApp()

@@ -6,8 +6,12 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 LORA = LoraConfig(
     task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["pooler", "classifier"]
@@ -61,7 +65,7 @@ def rows_of(client: int, clients: int) -> Rows:
     return own[client]
 
 
-def _batch(rows: Rows, tokenizer):
+def _batch(rows: Rows, tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     texts, topics = zip(*rows)
     encoded = tokenizer(list(texts), truncation=True, max_length=32, padding=True, return_tensors="pt")
     return {**encoded.to(DEVICE), "labels": torch.tensor(topics, device=DEVICE)}
