@@ -161,6 +161,7 @@ def test_the_report_needs_files_and_no_tensors(file):
         ("umbel.cli", ["torch", "transformers", "peft", "matplotlib", "flwr", "rich.progress", "numpy", "cryptography"]),
         # A site's checks before it dials are done at once.
         ("umbel.deployment", ["torch", "transformers", "numpy", "flwr"]),
+        ("umbel.app", ["torch", "transformers", "peft"]),
         ("umbel.report", ["torch", "transformers", "matplotlib", "numpy"]),
         ("umbel.loop", ["transformers", "peft", "datasets", "matplotlib", "flwr"]),
         ("umbel.run", ["transformers", "peft", "datasets", "matplotlib", "flwr"]),

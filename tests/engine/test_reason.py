@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from umbel.config import ConfigError
-from umbel.engine import MOST_REASON, reason
+from umbel.engine.reasons import MOST_REASON, reason
 from umbel.method import MethodError
 from umbel.server import Refused
 from umbel.wire import WireError

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -23,7 +23,9 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_obj
 from flwr.superlink.grid import http_grid
 
 from umbel.engine import Ask, Reply
-from umbel.engine.flower_strategy import as_strategy as as_strategy
+
+if TYPE_CHECKING:
+    from umbel.engine.flower_strategy import as_strategy as as_strategy
 
 CHUNK_BYTES = 5 * 2**20
 """How Flower cuts arrays."""
@@ -114,7 +116,7 @@ class Flower:
 
     def __init__(self, grid: Grid, nodes: Callable[[], Mapping[int, int]], job: Mapping[str, Any], deadline: float) -> None:
         self._grid, self._nodes, self._job, self._deadline = grid, nodes, job, deadline
-        http_grid.pull_objects = _pull_objects
+        setattr(http_grid, "pull_objects", _pull_objects)  # noqa: B010
 
     def ask(self, asks: Iterable[Ask]) -> Iterator[Reply]:
         """Sends all asks, then yields replies as they arrive, and for each client that is silent the reason."""
@@ -215,3 +217,12 @@ def _joined(array: bytes, contents: Mapping[str, bytes]) -> int:
         return sum(len(contents[children[i]]) for i in indices)
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ObjectPullError("", f"a malformed array ({type(error).__name__})") from None
+
+
+def __getattr__(name: str) -> Any:
+    # When first asked for: it needs torch, which a process that only passes a message on does not wait for.
+    if name == "as_strategy":
+        from umbel.engine.flower_strategy import as_strategy
+
+        return as_strategy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
