@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -23,6 +23,9 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_obj
 from flwr.superlink.grid import http_grid
 
 from umbel.engine import Ask, Reply
+
+if TYPE_CHECKING:
+    from umbel.engine.flower_strategy import as_strategy as as_strategy
 
 CHUNK_BYTES = 5 * 2**20
 """How Flower cuts arrays."""
@@ -237,3 +240,12 @@ def _joined(array: bytes, contents: Mapping[str, bytes]) -> int:
         return sum(len(contents[children[i]]) for i in indices)
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ObjectPullError("", f"a malformed array ({type(error).__name__})") from None
+
+
+def __getattr__(name: str) -> Any:
+    # When first asked for: it needs torch, which a process that only passes a message on does not wait for.
+    if name == "as_strategy":
+        from umbel.engine.flower_strategy import as_strategy
+
+        return as_strategy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
