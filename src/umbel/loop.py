@@ -167,7 +167,8 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
         engine: Reaches the clients (and the observer, unless `plan.observe` is "never").
         plan: What to run.
         record: Where to write it.
-        progress: Called with `{"round", "rounds", "phase", "client", "clients"}` as clients answer.
+        progress: Called with `{"round", "rounds", "phase", "client", "clients"}` as clients answer, and with `{"event":
+            "refused", "round", "client", "reason"}` for each that was left out.
 
     Returns:
         The server, with the result in `model()` and `plain`.
@@ -404,6 +405,8 @@ def _round(
         server.took(client)
     server.settle(aggregated)
     heard.seconds["server"] += time.perf_counter() - started
+    for refused in heard.refused:
+        progress({"event": "refused", "round": max(1, train_round), **refused})
     last = index + 1 == len(phases)
     scores = None
     # Where a part of the model stays with the clients, there is a common model only in the end.
