@@ -953,6 +953,7 @@ def test_clients_score_the_common_model_after_the_last_round_and_hold_it_then(tm
     loss = sum(float(x.norm()) for x in people[0].weights(*seen[0][:2]).values())
     assert last["global"] == {"loss": pytest.approx(loss), "rows": 9 + 10 + 11}
     assert set(last["bytes_down"]) == {"0", "1", "2"}
+    assert result.has == dict.fromkeys(range(3), result.round)
 
 
 def test_the_scores_of_clients_count_by_their_test_rows_and_a_silent_one_is_skipped_and_said(tmp_path):

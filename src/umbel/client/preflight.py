@@ -52,7 +52,7 @@ def identity(config: Config, tokenizer: Any) -> dict[str, Any]:
         "versions": {"umbel": __version__, "python": platform.python_version(), **versions},
         "model": model.fingerprint(config),
         "tokenizer": _sha256(_tokenizer(tokenizer)),
-        "chat_template": _sha256(getattr(tokenizer, "chat_template", None)),
+        "chat_template": _sha256(tokenizer.chat_template) if getattr(tokenizer, "chat_template", None) else "none",
     }
 
 
