@@ -184,7 +184,7 @@ class AdapterStrategy(FedAvg):
             node, content = message.metadata.src_node_id, message.content
             try:
                 weight = self._weight(content, usual[0][0] if usual else None)
-                adapter = self._reply(node, content)
+                adapter = self._reply(content)
                 round_.add(node, weight, adapter)
             except (Refused, FolderError) as refusal:
                 log(logging.WARNING, "aggregate_train: refused the reply of node %d: %s", node, refusal)
@@ -245,7 +245,7 @@ class AdapterStrategy(FedAvg):
             raise Refused(f"no number under {self.weighted_by_key!r} in its MetricRecord")
         return weight
 
-    def _reply(self, node: int, content: RecordDict) -> _Adapter:
+    def _reply(self, content: RecordDict) -> _Adapter:
         """Returns a client's adapter, with everything checked but its values."""
         assert self._sent is not None
         sent = self._sent
