@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DEFAULT_PORT = 9092
 CA_YEARS, SERVER_YEARS = 10, 2
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ACTIVE, REVOKED = "active", "revoked"
 RUN_ROWS = "run"
 """What `data` of a site says when its rows are those that the run file itself gives to it."""
@@ -115,7 +116,7 @@ def init(out: Path, server: str, names: list[str]) -> Federation:
     write_file(folder / "ca.crt", _certificate_pem(ca), 0o644)
     write_file(folder / "federation.toml", _federation_toml(f"{_bracketed(host)}:{port}", port), 0o644)
     _issue(folder, "server", [host], ca_key, ca)
-    _issue(folder, "loopback", ["localhost", "127.0.0.1"], ca_key, ca)
+    _issue(folder, "loopback", list(LOOPBACK), ca_key, ca)
     _key_pair(folder, "signing")
     _write_sites(folder, ())
     write_file(folder / "start", _start_script("server").encode(), 0o755)
@@ -176,7 +177,7 @@ def renew(kit: Path, server: str | None = None) -> datetime:
     host, port = host_and_port(server or federation.server)
     if server is not None:
         write_file(federation.folder / "federation.toml", _federation_toml(f"{_bracketed(host)}:{port}", port), 0o644)
-    _issue(federation.folder, "loopback", ["localhost", "127.0.0.1"], ca_key, ca)
+    _issue(federation.folder, "loopback", list(LOOPBACK), ca_key, ca)
     return _issue(federation.folder, "server", [host], ca_key, ca)
 
 
@@ -251,8 +252,12 @@ def flower_env(folder: Path) -> dict[str, str]:
     """Returns the environment that every Flower process of a folder gets besides our own."""
     # SuperLink and SuperNode look their helpers up on PATH: those beside this Python must come first.
     bin_folder = str(Path(sys.executable).parent)
+    # An outbound proxy is for the way out; Flower's processes of one machine talk over loopback.
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK]))
     return {
         "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "FLWR_HOME": str(folder / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
