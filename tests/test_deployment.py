@@ -358,6 +358,24 @@ def test_join_rotate_and_revoke_hold_at_once(place: Place) -> None:
     assert "lab-d" not in {one.name for one in place.federation.sites if one.state == kit.ACTIVE}
 
 
+def test_a_broken_list_of_sites_ends_nothing(place: Place) -> None:
+    path = place.kit / "server" / "sites.json"
+    good, before = path.read_bytes(), place.nodes
+    path.write_text("[]]")
+    place.server.wait_for("is not taken over: ")
+    # A site whose key the SuperLink has refused for ever: as an older file says.
+    entries = json.loads(good)
+    entries[0]["state"] = kit.REVOKED
+    path.write_text(json.dumps(entries))
+    until(lambda: [node.status for node in place.nodes].count(superlink.UNREGISTERED) == 1)
+    path.write_bytes(good)
+    place.server.wait_for(f"umbel kit rotate {entries[0]['name']}")
+    assert place.server.process.poll() is None
+    lost = place.federation.site(entries[0]["name"]).key_bytes
+    place.umbel("kit", "rotate", entries[0]["name"])
+    assert [node for node in place.nodes if node in before] == [node for node in before if node.public_key != lost]
+
+
 def test_everything_comes_back_after_a_kill_with_the_same_identity(place: Place) -> None:
     with place.site(place.kit / "hospital-b", "--data", "run") as site:
         site.wait_for("online: hospital-b")

@@ -129,8 +129,11 @@ def join(kit: Path, name: str, public_key: Path | None = None) -> Site:
     """Adds a site to `kit`/server/sites.json and makes its folder, without a key where it sends its public one."""
     _check_name(name)
     federation = read(kit / "server")
-    if name in [site.name for site in federation.sites]:
-        raise KitError(f"{kit}: a site called {name!r} is there; a new key for it: `umbel kit rotate {name}`")
+    for site in federation.sites:
+        if site.name == name and site.state == REVOKED:
+            raise KitError(f"{kit}: site {name!r} was revoked, which is for ever; choose another name")
+        if site.name == name:
+            raise KitError(f"{kit}: a site called {name!r} is there; a new key for it: `umbel kit rotate {name}`")
     folder = kit / name
     if folder.exists() and any(folder.iterdir()):
         raise KitError(f"{folder} is not empty; a kit is never overwritten. Move it away, or choose another name")
@@ -308,7 +311,7 @@ def _toml(path: Path, what: str) -> dict[str, Any]:
 
 def host_and_port(server: str) -> tuple[str, int]:
     """Splits host or host:port; an IPv6 address with a port is in brackets."""
-    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::(\d+))?|([^:\s/\[\]]+)(?::(\d+))?", server)
+    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::(\d+))?|([A-Za-z0-9._-]+)(?::(\d+))?", server)
     if found is None:
         raise KitError(f"server must be host or host:port, as fed.example.org:9092 or [2001:db8::1]:9092, got {server!r}")
     port = int(found[2] or found[4] or DEFAULT_PORT)
