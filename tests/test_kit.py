@@ -113,8 +113,8 @@ def test_the_servers_certificate_is_for_the_address_that_sites_dial(tmp_path: Pa
     host, port = kit.host_and_port(address)
     assert kit.host_and_port(federation.server) == (host, port)
     mutual_hello(tmp_path / "kit" / "a" / "ca.crt", federation.folder, "server", host)
-    mutual_hello(federation.ca, federation.folder, "loopback", "127.0.0.1")
-    mutual_hello(federation.ca, federation.folder, "loopback", "localhost")
+    for loopback in ("127.0.0.1", "localhost", "::1"):
+        mutual_hello(federation.ca, federation.folder, "loopback", loopback)
     with pytest.raises(ssl.SSLCertVerificationError):
         mutual_hello(federation.ca, federation.folder, "server", "other.example.org")
     kit.init(tmp_path / "other", address, ["a"])

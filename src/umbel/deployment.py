@@ -3,11 +3,11 @@
 import contextlib
 import csv
 import fcntl
-import getpass
 import grp
 import json
 import logging
 import os
+import pwd
 import re
 import resource
 import shutil
@@ -89,9 +89,17 @@ def start_server(folder: Path, say: Say = print) -> None:
         while True:
             children.check()
             if _changed(federation) != seen:
-                seen, federation = _changed(federation), kit.read(folder)
-                say("; ".join(sync(federation)) or "sites.json has changed; nothing to do")
+                seen = _changed(federation)
+                _take_over(folder, say)
             time.sleep(0.5)
+
+
+def _take_over(folder: Path, say: Say) -> None:
+    """Takes over a changed sites.json. One that is no good is said and ends nobody's run: what held before goes on."""
+    try:
+        say("; ".join(sync(kit.read(folder))) or "sites.json has changed; nothing to do")
+    except (KitError, DeploymentError, superlink.ApiError, OSError) as error:
+        say(f"sites.json has changed, and is not taken over: {error}")
 
 
 def sync(federation: Federation) -> list[str]:
@@ -164,7 +172,7 @@ def nginx_configuration(federation: Federation, superlink_address: str) -> str:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     # As root, nginx would give its workers to an account that may not enter our folder.
-    user = f"user {getpass.getuser()} {grp.getgrgid(os.getgid()).gr_name};" if os.geteuid() == 0 else ""
+    user = f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getgid()).gr_name};" if os.geteuid() == 0 else ""
     return f"""\
 daemon off;
 {user}
@@ -302,8 +310,12 @@ def _has_ipv6() -> bool:
     return False
 
 
-def _changed(federation: Federation) -> int:
-    return (federation.folder / "sites.json").stat().st_mtime_ns
+def _changed(federation: Federation) -> tuple[int, int]:
+    try:
+        found = (federation.folder / "sites.json").stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
 
 
 def _active(federation: Federation) -> int:
@@ -386,7 +398,7 @@ def count_rows(path: Path) -> int:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".jsonl":
-                return sum(isinstance(json.loads(line), dict) for line in file if line.strip())
+                return sum(_is_object(json.loads(line)) for line in file if line.strip())
             if path.suffix == ".json":
                 return len(json.load(file))
             if path.suffix in (".csv", ".tsv", ".tab"):
@@ -397,6 +409,12 @@ def count_rows(path: Path) -> int:
         # The reason without the text around it: a row of patients' data has no place in a message.
         raise KitError(f"{path}: cannot be read as rows: {getattr(error, 'strerror', None) or type(error).__name__}") from None
     raise KitError(f"{path}: files of type {path.suffix!r} are not read; allowed: .jsonl, .json, .csv, .tsv, .tab")
+
+
+def _is_object(value: Any) -> bool:
+    if not isinstance(value, dict):
+        raise ValueError
+    return True
 
 
 def _check_option(key: str, value: str) -> None:

@@ -160,8 +160,8 @@ def _date(text: str | None) -> datetime | None:
 def connection(address: str, context: ssl.SSLContext, proxied: bool, timeout: float) -> http.client.HTTPSConnection:
     """Returns a connection that is not open yet."""
     host, port = kit.host_and_port(address)
-    proxy = urllib.request.getproxies().get("https") if proxied and not urllib.request.proxy_bypass(host) else None
-    if proxy is None:
+    proxy = urllib.request.getproxies().get("https")
+    if proxy is None or not proxied or host in kit.LOOPBACK or urllib.request.proxy_bypass(host):
         return http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
     middle = proxy.split("://")[-1].rstrip("/").rpartition("@")[2]
     link = http.client.HTTPSConnection(*kit.host_and_port(middle), timeout=timeout, context=context)
