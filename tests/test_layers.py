@@ -29,7 +29,7 @@ UPWARD = {("method", "methods")}
 """What points up all the same: method.names() lists the files of the package `methods`, and find() loads one of them."""
 
 HOMES = {
-    "flwr": {"engine/flower.py", "app.py"},
+    "flwr": {"engine/flower.py", "engine/flower_strategy.py", "app.py"},
     "matplotlib": {"report"},
     "transformers": {"client"},
     "peft": {"client"},
@@ -161,6 +161,7 @@ def test_the_report_needs_files_and_no_tensors(file):
         ("umbel.cli", ["torch", "transformers", "peft", "matplotlib", "flwr", "rich.progress", "numpy", "cryptography"]),
         # A site's checks before it dials are done at once.
         ("umbel.deployment", ["torch", "transformers", "numpy", "flwr"]),
+        ("umbel.app", ["torch", "transformers", "peft"]),
         ("umbel.report", ["torch", "transformers", "matplotlib", "numpy"]),
         ("umbel.loop", ["transformers", "peft", "datasets", "matplotlib", "flwr"]),
         ("umbel.run", ["transformers", "peft", "datasets", "matplotlib", "flwr"]),

@@ -5,12 +5,13 @@
 """
 
 import json
+import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,12 +97,13 @@ class Partitions:
 def main(grid: Grid, context: Context) -> None:
     """Runs the job that `umbel run` asked for, or the run file that `flwr run` names."""
     from umbel import config as configuration
+    from umbel import report
 
     given = context.run_config
-    if "request" in given:
+    if given.get("request"):
         request = json.loads(Path(str(given["request"])).read_text(encoding="utf-8"))
         sys.path[:0] = request["path"]
-        nodes: Nodes = Sites(grid, kit.read(Path(request["federation"])))
+        nodes = Sites(grid, kit.read(Path(request["federation"])))
         number = str(context.run_id)
         with Path(request["events"]).open("a", encoding="utf-8") as log:
 
@@ -119,11 +121,42 @@ def main(grid: Grid, context: Context) -> None:
             finally:
                 listen({"event": "end", "error": error})
     elif given.get("config"):
-        file = Path(str(given["config"])).expanduser()
-        out = Path(str(given.get("out") or Path("runs") / file.stem)).expanduser()
-        serve(grid, configuration.read(file), out, Partitions(grid), _print_event)
+        file, out = _own_paths(given)
+        table, nodes = configuration.read(file), Partitions(grid)
+        _check_partitions(_clients(table), len(nodes.connected()))
+        serve(grid, table, out, nodes, _print_event)
+        page = report.write_html([report.read_job(out)], out / "report.html")
+        print(f"umbel: done; adapters and records in {out}, report: {page}", flush=True)
     else:
         raise configuration.ConfigError("no run file; give it with: flwr run app --run-config 'config=\"/path/of/run.toml\"'")
+
+
+def _clients(table: dict[str, Any]) -> int:
+    from umbel import config as configuration
+    from umbel.client import data
+
+    return data.load(next(iter(configuration.configs(table).values()))).clients
+
+
+def _check_partitions(clients: int, nodes: int) -> None:
+    from umbel.config import ConfigError
+
+    if nodes < clients:
+        raise ConfigError(
+            f"the run has {clients} clients, the simulation {nodes} nodes; add: --federation-config 'num-supernodes={clients}'"
+        )
+
+
+def _own_paths(given: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Returns the run file that `flwr run` names, and the folder for its results."""
+    from umbel.config import ConfigError
+
+    file = Path(str(given.get("config", ""))).expanduser()
+    out = Path(str(given.get("out") or file.parent / "runs" / file.stem)).expanduser()
+    for key, path in (("config", file), ("out", out)):
+        if not path.is_absolute():
+            raise ConfigError(f"{key}: got {str(path)!r}, wanted a whole path; Flower's processes work in folders of their own")
+    return file, out
 
 
 def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen: Listener) -> None:
@@ -131,7 +164,7 @@ def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen:
     from umbel.run import Network, run
 
     def engine(job: Mapping[str, Any], deadline: float) -> Flower:
-        return Flower(grid, nodes.connected, job, deadline)
+        return Flower(grid, nodes.connected, lambda: set(nodes.clients or ()), job, deadline)
 
     run(table, folder, listen, network=Network(nodes.clients, engine))
 
@@ -147,12 +180,7 @@ def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
     import torch
     from flwr.simulation import run_simulation
 
-    from umbel import config as configuration
-    from umbel.client import data
-
-    first = next(iter(configuration.configs(table).values()))
-    clients = data.load(first).clients
-    state = (folder / "sites").resolve()
+    clients, state = _clients(table), (folder / "sites").resolve()
     path = [os.getcwd()]
     server, client = ServerApp(), ClientApp()
 
@@ -167,14 +195,29 @@ def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
 
     client.query()(query)
     each: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _only_errors():
         run_simulation(server, client, clients, backend_config={"client_resources": each})
 
 
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Keeps Flower from saying what it does, since our progress is shown, and that `run_simulation` is not for apps."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def _print_event(event: dict[str, Any]) -> None:
-    if event["event"] in ("stage", "note", "round"):
-        print("umbel:", ", ".join(f"{key} {value}" for key, value in event.items() if key != "event"), flush=True)
+    from umbel.federation import say
+
+    if event["event"] in ("stage", "note", "member", "round", "refused"):
+        print("umbel:", say({**event, "time": time.time()}), flush=True)
 
 
 @client_app.query()
@@ -191,8 +234,7 @@ def train(message: Message, context: Context) -> Message:
     if folder is not None:
         return _reply(message, partial(worker.answer, Path(str(folder))))
     # A node of a simulation: run file and rows are this machine's own.
-    state = context.node_config.get("state") or Path(tempfile.gettempdir()) / "umbel-simulation"
-    return answer_simulated(Path(str(state)), message)
+    return answer_simulated(_own_paths(context.run_config)[1] / "sites", message)
 
 
 def answer_simulated(state: Path, message: Message) -> Message:

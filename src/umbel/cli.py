@@ -463,6 +463,9 @@ class _Drawing:
             self.progress.update(self.job, description=event["text"])
         elif kind == "note":
             self.console.print(event["text"], markup=False, highlight=False)
+        elif kind == "refused":
+            text = f"round {event['round']}: left out client {event['client']}: {event['reason']}"
+            self.console.print(text, markup=False, highlight=False)
         elif kind == "split":
             self.console.print(_split_table(event["manifest"]))
         elif kind == "member":

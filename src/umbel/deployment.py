@@ -3,11 +3,11 @@
 import contextlib
 import csv
 import fcntl
-import getpass
 import grp
 import json
 import logging
 import os
+import pwd
 import re
 import resource
 import shutil
@@ -71,7 +71,7 @@ def start_server(folder: Path, say: Say = print) -> None:
     federation = kit.read(folder)
     nginx = _nginx()
     _check_server(federation, say)
-    with _locked(federation.folder, wait=STOP_SECONDS) as lock, _Children(federation.folder, lock) as children, _stopping():
+    with _locked(federation.folder) as lock, _Children(federation.folder, lock) as children, _stopping():
         address = _superlink_address(federation)
         kit.write_flower_config(federation, address)
         children.start("superlink", _superlink_command(federation, address), federation.env)
@@ -84,14 +84,22 @@ def start_server(folder: Path, say: Say = print) -> None:
         kit.write_file(federation.folder / "proxy" / "nginx.conf", configuration, 0o600)
         command = [nginx, "-p", str(federation.folder / "proxy"), "-c", "nginx.conf", "-e", "stderr"]
         children.start("proxy", command, federation.env)
-        children.wait_for(lambda: _listens(federation.port), f"the TLS proxy does not listen on port {federation.port}")
+        children.wait_for(lambda: _shows_certificate(federation), f"no TLS proxy of ours listens on port {federation.port}")
         say(f"ready: {federation.server}, {_active(federation)} sites")
         while True:
             children.check()
             if _changed(federation) != seen:
-                seen, federation = _changed(federation), kit.read(folder)
-                say("; ".join(sync(federation)) or "sites.json has changed; nothing to do")
+                seen = _changed(federation)
+                _take_over(folder, say)
             time.sleep(0.5)
+
+
+def _take_over(folder: Path, say: Say) -> None:
+    """Takes over a changed sites.json. One that is no good is said and ends nobody's run: what held before goes on."""
+    try:
+        say("; ".join(sync(kit.read(folder))) or "sites.json has changed; nothing to do")
+    except (KitError, DeploymentError, superlink.ApiError, OSError) as error:
+        say(f"sites.json has changed, and is not taken over: {error}")
 
 
 def sync(federation: Federation) -> list[str]:
@@ -118,7 +126,7 @@ def sync(federation: Federation) -> list[str]:
 def running(federation: Federation) -> bool:
     """Whether `umbel server start` runs on this machine for this folder."""
     try:
-        with _locked(federation.folder):
+        with _owned(federation.folder):
             return False
     except DeploymentError:
         return True
@@ -164,7 +172,7 @@ def nginx_configuration(federation: Federation, superlink_address: str) -> str:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     # As root, nginx would give its workers to an account that may not enter our folder.
-    user = f"user {getpass.getuser()} {grp.getgrgid(os.getgid()).gr_name};" if os.geteuid() == 0 else ""
+    user = f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getgid()).gr_name};" if os.geteuid() == 0 else ""
     return f"""\
 daemon off;
 {user}
@@ -278,10 +286,21 @@ def free_port() -> int:
         return tried.getsockname()[1]
 
 
-def _listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
-        return True
+def _shows_certificate(federation: Federation) -> bool:
+    """Whether it is our proxy that listens on the port, and not somebody else's server."""
+    own = kit.read_certificate(federation.folder / "server.crt")
+    with contextlib.suppress(OSError):
+        return _shown_certificate(f"127.0.0.1:{federation.port}", proxied=False) == own
     return False
+
+
+def _shown_certificate(server: str, proxied: bool) -> kit.x509.Certificate:
+    """Returns the certificate that a server shows, whoever signed it."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.closing(superlink.connection(server, context, proxied, 10)) as link:
+        link.connect()
+        return kit.x509.load_der_x509_certificate(link.sock.getpeercert(True) or b"")
 
 
 def _has_ipv6() -> bool:
@@ -291,8 +310,12 @@ def _has_ipv6() -> bool:
     return False
 
 
-def _changed(federation: Federation) -> int:
-    return (federation.folder / "sites.json").stat().st_mtime_ns
+def _changed(federation: Federation) -> tuple[int, int]:
+    try:
+        found = (federation.folder / "sites.json").stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
 
 
 def _active(federation: Federation) -> int:
@@ -311,7 +334,7 @@ def start_site(folder: Path, say: Say = print, **options: str) -> None:
     """
     folder = folder.resolve()
     kit.read_site(folder)
-    with _locked(folder, wait=STOP_SECONDS) as lock, _Children(folder, lock) as children, _stopping():
+    with _locked(folder) as lock, _Children(folder, lock) as children, _stopping():
         # The working directory is this start's; the next one may have another.
         options = {key: kit.placed(key, value, Path.cwd()) for key, value in options.items()}
         for key, value in options.items():
@@ -375,7 +398,7 @@ def count_rows(path: Path) -> int:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".jsonl":
-                return sum(isinstance(json.loads(line), dict) for line in file if line.strip())
+                return sum(_is_object(json.loads(line)) for line in file if line.strip())
             if path.suffix == ".json":
                 return len(json.load(file))
             if path.suffix in (".csv", ".tsv", ".tab"):
@@ -386,6 +409,12 @@ def count_rows(path: Path) -> int:
         # The reason without the text around it: a row of patients' data has no place in a message.
         raise KitError(f"{path}: cannot be read as rows: {getattr(error, 'strerror', None) or type(error).__name__}") from None
     raise KitError(f"{path}: files of type {path.suffix!r} are not read; allowed: .jsonl, .json, .csv, .tsv, .tab")
+
+
+def _is_object(value: Any) -> bool:
+    if not isinstance(value, dict):
+        raise ValueError
+    return True
 
 
 def _check_option(key: str, value: str) -> None:
@@ -462,11 +491,7 @@ def _watch(child: "_Child", fleet: superlink.Fleet, config: SiteConfig, folder: 
 
 
 def _bad_certificate(error: ssl.SSLCertVerificationError, server: str, folder: Path) -> str:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with contextlib.closing(superlink.connection(server, context, True, 10)) as link:
-        link.connect()
-        shown = kit.x509.load_der_x509_certificate(link.sock.getpeercert(True) or b"")
+    shown = _shown_certificate(server, proxied=True)
     if error.verify_code in (62, 64):
         name = shown.subject.rfc4514_string()
         return f"{server}: the server's certificate is for {name}, not for this address; operator: `umbel kit renew --server`"
@@ -530,6 +555,9 @@ class _Child:
         assert self.process.stdout is not None
         for raw in self.process.stdout:
             line = re.sub(r"\x1b\[[0-9;]*m", "", raw.decode(errors="replace")).rstrip()
+            # A site's question whether it is let in, which SuperLink logs as an error, once a minute and site.
+            if "[ApiError:2003]" in line:
+                continue
             self.last.append(line)
             if found := re.search(r"SuperNode ID: (\d+)", line):
                 self.node_id = int(found[1])
@@ -591,17 +619,31 @@ class _Children:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: float = 0) -> Iterator[int]:
-    """Holds a folder for one process and its children, yielding the lock's descriptor; waits a while for dying ones."""
-    end = time.monotonic() + wait
-    with (folder / ".lock").open("w") as handle:
+def _owned(folder: Path) -> Iterator[None]:
+    """Holds a folder for one `umbel`; DeploymentError where another has it. A killed one lets go by itself."""
+    with (folder / ".owner").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeploymentError(f"{folder} is running already; stop that process first") from None
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Holds a folder for one `umbel` and its children, yielding the descriptor that they share.
+
+    Those of a killed one take a moment to end; they are waited for.
+    """
+    with _owned(folder), (folder / ".lock").open("w") as handle:
+        end = time.monotonic() + STOP_SECONDS
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise DeploymentError(f"{folder} is running already; stop that process first") from None
+                    raise DeploymentError(f"{folder}: processes of a killed start do not end; end them by hand") from None
                 time.sleep(0.1)
         yield handle.fileno()
 

@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DEFAULT_PORT = 9092
 CA_YEARS, SERVER_YEARS = 10, 2
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ACTIVE, REVOKED = "active", "revoked"
 RUN_ROWS = "run"
 """What `data` of a site says when its rows are those that the run file itself gives to it."""
@@ -115,7 +116,7 @@ def init(out: Path, server: str, names: list[str]) -> Federation:
     write_file(folder / "ca.crt", _certificate_pem(ca), 0o644)
     write_file(folder / "federation.toml", _federation_toml(f"{_bracketed(host)}:{port}", port), 0o644)
     _issue(folder, "server", [host], ca_key, ca)
-    _issue(folder, "loopback", ["localhost", "127.0.0.1"], ca_key, ca)
+    _issue(folder, "loopback", list(LOOPBACK), ca_key, ca)
     _key_pair(folder, "signing")
     _write_sites(folder, ())
     write_file(folder / "start", _start_script("server").encode(), 0o755)
@@ -128,8 +129,11 @@ def join(kit: Path, name: str, public_key: Path | None = None) -> Site:
     """Adds a site to `kit`/server/sites.json and makes its folder, without a key where it sends its public one."""
     _check_name(name)
     federation = read(kit / "server")
-    if name in [site.name for site in federation.sites]:
-        raise KitError(f"{kit}: a site called {name!r} is there; a new key for it: `umbel kit rotate {name}`")
+    for site in federation.sites:
+        if site.name == name and site.state == REVOKED:
+            raise KitError(f"{kit}: site {name!r} was revoked, which is for ever; choose another name")
+        if site.name == name:
+            raise KitError(f"{kit}: a site called {name!r} is there; a new key for it: `umbel kit rotate {name}`")
     folder = kit / name
     if folder.exists() and any(folder.iterdir()):
         raise KitError(f"{folder} is not empty; a kit is never overwritten. Move it away, or choose another name")
@@ -176,7 +180,7 @@ def renew(kit: Path, server: str | None = None) -> datetime:
     host, port = host_and_port(server or federation.server)
     if server is not None:
         write_file(federation.folder / "federation.toml", _federation_toml(f"{_bracketed(host)}:{port}", port), 0o644)
-    _issue(federation.folder, "loopback", ["localhost", "127.0.0.1"], ca_key, ca)
+    _issue(federation.folder, "loopback", list(LOOPBACK), ca_key, ca)
     return _issue(federation.folder, "server", [host], ca_key, ca)
 
 
@@ -251,8 +255,12 @@ def flower_env(folder: Path) -> dict[str, str]:
     """Returns the environment that every Flower process of a folder gets besides our own."""
     # SuperLink and SuperNode look their helpers up on PATH: those beside this Python must come first.
     bin_folder = str(Path(sys.executable).parent)
+    # An outbound proxy is for the way out; Flower's processes of one machine talk over loopback.
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK]))
     return {
         "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "FLWR_HOME": str(folder / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -303,7 +311,7 @@ def _toml(path: Path, what: str) -> dict[str, Any]:
 
 def host_and_port(server: str) -> tuple[str, int]:
     """Splits host or host:port; an IPv6 address with a port is in brackets."""
-    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::(\d+))?|([^:\s/\[\]]+)(?::(\d+))?", server)
+    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::(\d+))?|([A-Za-z0-9._-]+)(?::(\d+))?", server)
     if found is None:
         raise KitError(f"server must be host or host:port, as fed.example.org:9092 or [2001:db8::1]:9092, got {server!r}")
     port = int(found[2] or found[4] or DEFAULT_PORT)

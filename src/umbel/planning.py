@@ -127,8 +127,10 @@ def _rows(config: Config) -> tuple[dict[int, int], int, Any, list[str]]:
 
 
 def _ranks(config: Config, rows: Mapping[int, int], dataset: Any) -> dict[int, int]:
-    told = dataset or SimpleNamespace(clients=config.split.clients)
-    ranks = running._ranks(config, told)  # pyright: ignore[reportPrivateUsage]
+    from umbel.client import client
+
+    told: Any = dataset or SimpleNamespace(clients=config.split.clients)
+    ranks = client.ranks(config, told)
     return {k: rank for k, rank in ranks.items() if k in rows}
 
 
