@@ -43,7 +43,7 @@ lint: .venv/.train .venv/.test
 	touch $@
 
 .venv/.test: .venv/.train pyproject.toml constraints.txt
-	$(PIP) --editable '.[train,test]'
+	$(PIP) --editable '.[train,federation,test]'
 	touch $@
 
 .venv/.assets: .venv/bin/python

@@ -16,11 +16,11 @@ LAYERS = [
     {"method", "privacy"},
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
-    {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder"},
-    {"loop", "engine", "client"},
+    {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder", "kit"},
+    {"loop", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing"},
     {"compare"},
-    {"cli"},
+    {"cli", "cli_federation"},
 ]
 """From the ground up. A module imports from its own layer or from those before it."""
 
@@ -33,7 +33,8 @@ HOMES = {
     "transformers": {"client"},
     "peft": {"client"},
     "datasets": {"client"},
-    "typer": {"cli.py"},
+    "cryptography": {"kit.py", "superlink.py"},
+    "typer": {"cli.py", "cli_federation.py"},
     "rich": {"cli.py", "report"},
 }
 """Where a package may be imported: folders and files under src/umbel."""
@@ -156,7 +157,9 @@ def test_the_report_needs_files_and_no_tensors(file):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("umbel.cli", ["torch", "transformers", "peft", "matplotlib", "flwr", "rich.progress", "numpy"]),
+        ("umbel.cli", ["torch", "transformers", "peft", "matplotlib", "flwr", "rich.progress", "numpy", "cryptography"]),
+        # A site's checks before it dials are done at once.
+        ("umbel.deployment", ["torch", "transformers", "numpy", "flwr"]),
         ("umbel.report", ["torch", "transformers", "matplotlib", "numpy"]),
         ("umbel.loop", ["transformers", "peft", "datasets", "matplotlib", "flwr"]),
         ("umbel.run", ["transformers", "peft", "datasets", "matplotlib", "flwr"]),

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from umbel import cli_federation
+
 app = typer.Typer(
     name="umbel",
     help="Federated LoRA fine-tuning of language models: adapters aggregated right, and the error said out loud.",
@@ -17,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_federation.kit_app, name="kit")
+app.add_typer(cli_federation.server_app, name="server")
+app.add_typer(cli_federation.site_app, name="site")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file.")]

@@ -72,7 +72,8 @@ class Federation:
         for site in self.sites:
             if site.name == name:
                 return site
-        raise KitError(f"{self.folder}: no site is called {name!r}; there are {', '.join(s.name for s in self.sites) or 'none'}")
+        known = ", ".join(site.name for site in self.sites) or "none"
+        raise KitError(f"{self.folder}: no site is called {name!r}; there are {known}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def init(out: Path, server: str, names: list[str]) -> Federation:
         if names.count(name) > 1:
             raise KitError(f"--sites: {name!r} is given twice; names are who is who")
     if out.exists() and any(out.iterdir()):
-        raise KitError(f"{out} is not empty; a kit is never overwritten. Add sites with `umbel kit join`, or give another --out")
+        raise KitError(f"{out} is not empty; a kit is never overwritten. Add sites by `umbel kit join`, or give another --out")
     _folder(out)
     ca_key = ec.generate_private_key(ec.SECP384R1())
     ca = _ca_certificate(ca_key, host)
@@ -206,7 +207,7 @@ def read_site(folder: Path) -> SiteConfig:
     folder = folder.resolve()
     path = folder / "site.toml"
     table = _toml(path, "the folder of a site that `umbel kit init` or `umbel kit join` made")
-    kinds = {"name": str, "number": int, "server": str, "data": str, "test": str, "model": str}
+    kinds: dict[str, type] = {"name": str, "number": int, "server": str, "data": str, "test": str, "model": str}
     kinds |= {"allow_code_execution": bool, "methods": list}
     for key, value in table.items():
         if key not in kinds:
@@ -217,9 +218,16 @@ def read_site(folder: Path) -> SiteConfig:
     if missing:
         raise KitError(f"{path}: {', '.join(missing)} is missing; take the folder that the operator made")
     for key in ("data", "test", "model"):
-        if table.get(key) and not (key == "data" and table[key] == RUN_ROWS) and not table[key].startswith("pkg:"):
-            table[key] = str(folder / Path(table[key]).expanduser())
-    return SiteConfig(**(table | {"methods": tuple(table.get("methods", ()))}))
+        if table.get(key):
+            table[key] = placed(key, table[key], folder)
+    table["methods"] = tuple(table.get("methods", ()))
+    return SiteConfig(**table)
+
+
+def placed(key: str, value: str, folder: Path) -> str:
+    """Returns the absolute path that a value of `data`, `test` or `model` stands for; "run" and `pkg:` stay as they are."""
+    special = value.startswith("pkg:") or (key == "data" and value == RUN_ROWS)
+    return value if special else str(folder / Path(value).expanduser())
 
 
 _KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of dotted names"}
@@ -277,7 +285,7 @@ def _sites(folder: Path) -> tuple[Site, ...]:
         raise KitError(f"{path}: not a list of sites ({error}); take it back from a copy of the kit") from None
     for site in sites:
         if site.state not in (ACTIVE, REVOKED) or fingerprint(site.public_key) != site.fingerprint:
-            raise KitError(f"{path}: site {site.name!r} has a state or a fingerprint that does not fit; use `umbel kit`, not an editor")
+            raise KitError(f"{path}: site {site.name!r} has a wrong state or fingerprint; change it by `umbel kit`")
     return sites
 
 
@@ -338,7 +346,7 @@ def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except Exception as error:
-        raise KitError(f"{path}: no private key in OpenSSH form ({type(error).__name__}); take the one that belongs here") from None
+        raise KitError(f"{path}: no private key in OpenSSH form ({type(error).__name__}); put the right one there") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise KitError(f"{path}: the key must be of the curve P-384; `umbel site key` makes one")
     return key
