@@ -16,10 +16,10 @@ LAYERS = [
     {"method", "privacy"},
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
-    {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder", "kit"},
+    {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder", "kit", "envelope"},
     {"loop", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing"},
-    {"compare"},
+    {"compare", "app", "federation", "offline"},
     {"cli", "cli_federation"},
 ]
 """From the ground up. A module imports from its own layer or from those before it."""
@@ -28,12 +28,12 @@ UPWARD = {("method", "methods")}
 """What points up all the same: method.names() lists the files of the package `methods`, and find() loads one of them."""
 
 HOMES = {
-    "flwr": {"engine/flower.py"},
+    "flwr": {"engine/flower.py", "app.py"},
     "matplotlib": {"report"},
     "transformers": {"client"},
     "peft": {"client"},
     "datasets": {"client"},
-    "cryptography": {"kit.py", "superlink.py"},
+    "cryptography": {"kit.py", "superlink.py", "envelope.py"},
     "typer": {"cli.py", "cli_federation.py"},
     "rich": {"cli.py", "report"},
 }
