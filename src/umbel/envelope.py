@@ -122,7 +122,7 @@ def look(path: Path, keys: Mapping[str, str]) -> Envelope:
         if not start.startswith(NAME[: len(start)]) or not start:
             raise EnvelopeError(f"{path}: no file of umbel's (it begins with {start[:8]!r}, expected: {NAME!r})")
         version = start[len(NAME) : len(NAME + VERSION)]
-        if version and version != VERSION:
+        if not VERSION.startswith(version):
             raise EnvelopeError(
                 f"{path}: an envelope of version {version!r}, this umbel reads {VERSION!r}; use the same umbel on both sides"
             )

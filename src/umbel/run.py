@@ -128,8 +128,8 @@ def run(
         if dataset.train:
             listen({"event": "split", "manifest": manifest})
         contents = _contents(members) | ({"comparing": True} if comparing else {})
-        job = {"run": _identity_of(folder), "clients": dataset.clients}
-        write_json(folder / "job.json", {**contents, "id": job["run"]})
+        job = _known_job(folder, dataset.clients)
+        write_json(folder / "job.json", {**contents, "id": job["run"], "clients": job["clients"]})
         if all(Record(folder / member.folder).info.get("state") == "done" for member in members):
             return folder
         listen({"event": "stage", "text": "loading the model"})
@@ -180,7 +180,8 @@ def is_job(folder: Path) -> bool:
 
 def _check_empty(folder: Path) -> None:
     """Refuses a folder with anything of somebody else's in it, since a run writes and replaces folders there."""
-    begun = {".lock", "split.json", "split.json.partial", "job.toml.partial", "federation.json", "events.jsonl", "offline.json"}
+    begun = {".lock", "split.json", "split.json.partial", "job.toml.partial", "federation.json", "events.jsonl"}
+    begun |= {"offline.json", "offline.json.partial"}
     strange = sorted(path.name for path in folder.iterdir() if path.name not in begun)
     if strange and not is_job(folder):
         raise RecordError(f"{folder} is not empty ({', '.join(strange[:3])}) and holds no run; give another folder")
@@ -265,10 +266,10 @@ def _shared(configs: dict[str, Config]) -> Config:
     return first
 
 
-def _identity_of(folder: Path) -> str:
-    """Returns the job's id, under which its sites keep what is theirs; a new one where there is none yet."""
+def _known_job(folder: Path, clients: int) -> dict[str, Any]:
+    """Returns the job's id, under which its sites keep what is theirs, and K, which never shrinks: the revoked still count."""
     known = json.loads((folder / "job.json").read_text(encoding="utf-8")) if (folder / "job.json").exists() else {}
-    return known.get("id") or secrets.token_hex(8)
+    return {"run": known.get("id") or secrets.token_hex(8), "clients": max(known.get("clients") or 0, clients)}
 
 
 def _server_rows(config: Config, network: Network) -> Any:
