@@ -16,10 +16,11 @@ LAYERS = [
     {"method", "privacy"},
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
-    {"server", "wire", "record", "safetensors_file", "peft_config", "peft_folder", "kit", "envelope"},
+    {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder", "kit", "envelope"},
     {"loop", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing"},
-    {"compare", "app", "federation", "offline"},
+    {"compare"},
+    {"federation", "app", "offline"},
     {"cli", "cli_federation"},
 ]
 """From the ground up. A module imports from its own layer or from those before it."""

@@ -614,7 +614,7 @@ def test_who_is_asked_is_drawn_by_the_seed_and_the_round_alone(tmp_path, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_clients_that_sat_out_start_from_what_the_others_start_from(tmp_path, method, dtype):
     people = clients(5, dtype)
     own = plan(method, clients=list(range(5)), clients_per_round=3, rounds=6, dtype=dtype)
@@ -694,6 +694,7 @@ def test_every_line_has_the_fields_that_the_report_reads(tmp_path):
             "rows",
             "steps",
             "loss",
+            "rounding",
             "bytes_down",
             "bytes_up",
             "seconds",

@@ -313,7 +313,41 @@ def test_a_round_closed_below_its_quorum_stops_and_a_reply_brought_later_mends_i
     assert federation.take(federation.answered({**asked[1], "request": asked[1]["request"].replace(".umbel", ".closed")})) == [
         ("taken", "")
     ]
-    assert [(own["round"], own["site"]) for own in federation.go_on()] == [(1, "hospital-a"), (1, "hospital-b")]
+    asked = federation.go_on()
+    assert [(own["site"], own["round"], own["kind"], own["state"]) for own in asked] == [
+        ("hospital-a", 1, "train", "missing"),
+        ("hospital-b", 1, "train", "missing"),
+        ("lab-c", 1, "open", "may join"),
+    ]
+    # Whoever was not there at the opening joins in mid-run, with its answer to a later one; closing does not shut it out.
+    federation.bring(asked[:1])
+    assert federation.take(federation.answered(asked[2])) == [("taken", "")]
+    assert offline.close(federation.folder) == ["hospital-b"]
+    asked = federation.go_on()
+    assert [(own["site"], own["round"], own["state"]) for own in asked] == [
+        ("hospital-a", 1, "here"),
+        ("hospital-b", 1, "closed without it"),
+        ("lab-c", 1, "missing"),
+    ]
+    federation.finish(asked)
+    lines = [json.loads(line) for line in (federation.folder / "rounds.jsonl").read_text().splitlines()]
+    assert [line["answered"] for line in lines] == [[0, 1], [0, 2], [0, 1, 2]]
+
+
+def test_a_site_whose_files_are_gone_is_asked_again_and_the_run_ends_with_the_same_bits(begun, tmp_path):
+    federation, asked = begun
+    running.run(federation.table, tmp_path / "local", baselines=False)
+    federation.bring(asked)
+    federation.bring(federation.go_on())
+    asked = federation.go_on()
+    for path in (federation.kit / "lab-c" / "state").rglob("*.safetensors"):
+        path.unlink()
+    federation.bring(asked)
+    again = federation.go_on()
+    assert [(own["site"], own["state"]) for own in again] == [("lab-c", "missing")]
+    federation.finish(again)
+    name = "adapter/adapter_model.safetensors"
+    assert (federation.folder / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
 def test_a_revoked_site_is_not_waited_for(begun):
@@ -432,7 +466,12 @@ def test_resume_with_close_goes_on_without_the_missing_and_close_is_for_such_run
     told = umbel("run", "--resume", federation.folder, "--close")
     assert told.exit_code == 0, told.output
     assert "goes on without lab-c" in told.stderr
-    assert [(own["site"], own["round"]) for own in offline.waiting(federation.folder)] == [("hospital-a", 1), ("hospital-b", 1)]
+    assert [(own["site"], own["state"]) for own in offline.waiting(federation.folder)] == [
+        ("hospital-a", "missing"),
+        ("hospital-b", "missing"),
+        ("lab-c", "may join"),
+    ]
+    assert "lab-c       may join  1 fedit  " in told.stdout
     config = federation.place / "job.toml"
     config.write_text(tomli_w.dumps(federation.table), encoding="utf-8")
     for wrong, reason in (

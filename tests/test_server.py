@@ -299,7 +299,7 @@ def play(own, method, rounds, before=lambda k, phase: None):
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS, ids=NAMES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_aggregation_error_is_the_papers_formula_in_dense_float64(name, options, dtype):
     own, holder = server(dtype), Holder()
     for phase, uploads, rows, aggregated in play(own, load(name, **options), 3):
@@ -371,7 +371,7 @@ def test_a_fresh_adapter_depends_on_run_seed_round_and_layer():
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS, ids=NAMES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("away", [{2}, {1, 2}, {0, 1, 2, 3}, {1, 3}])
 def test_a_client_that_was_away_ends_with_the_state_of_one_that_was_there(name, options, dtype, away):
     own, there, absent = server(dtype), Holder(seed=-99), Holder(seed=-99)

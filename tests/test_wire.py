@@ -61,12 +61,12 @@ def small():
 # Round trips
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_header_and_tensors_come_back_as_they_were_rounded(dtype):
     tensors = {"q|A": draw(RANK, D_IN), "plain|head": draw(4), "number": torch.tensor(1.5), "none": torch.empty(0, 3)}
     message = wire.decode(wire.encode(wire.Message(HEADER, tensors), dtype))
     assert message.header == HEADER
-    assert same(message.tensors, {name: wire.rounded(x, dtype) for name, x in tensors.items()})
+    assert same(message.tensors, {name: wire.rounded(x, dtype, name) for name, x in tensors.items()})
     assert all(x.dtype == torch.float32 for x in message.tensors.values())
 
 
@@ -76,7 +76,7 @@ def test_what_was_rounded_once_is_not_rounded_again():
     assert same(wire.decode(wire.encode(wire.Message({}, tensors), "bfloat16")).tensors, tensors)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_downloads_come_back(dtype):
     downloads = {
         "overwrites": Download(factors=factors()),
@@ -90,8 +90,9 @@ def test_downloads_come_back(dtype):
     message = wire.decode(wire.encode(wire.Message({**header, "round": 1}, {**tensors, "plain|bias": draw(4)}), dtype))
     expected = {
         layer: Download(
-            factors={name: wire.rounded(x, dtype) for name, x in download.factors.items()},
-            merge=download.merge and (wire.rounded(download.merge[0], dtype), wire.rounded(download.merge[1], dtype)),
+            factors={name: wire.rounded(x, dtype, name) for name, x in download.factors.items()},
+            merge=download.merge
+            and (wire.rounded(download.merge[0], dtype, "merge.B"), wire.rounded(download.merge[1], dtype, "merge.A")),
             reset=download.reset,
         )
         for layer, download in downloads.items()
@@ -385,3 +386,128 @@ def test_only_what_means_the_same_survives_an_edit_of_the_header(old, new):
         assert wire.decode(data).tensors["q|A"].shape == (1, 2)  # a shape that fits the bytes is the server's to judge
     else:
         refused(data)
+
+
+# int8
+
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1, 1, width=32) | st.just(0.0)
+
+
+@st.composite
+def matrices(draw_from):
+    rows, columns = draw_from(st.integers(1, 4)), draw_from(st.integers(1, 6))
+    values = draw_from(st.lists(NUMBERS, min_size=rows * columns, max_size=rows * columns))
+    return torch.tensor(values, dtype=torch.float32).view(rows, columns)
+
+
+@given(matrices(), st.sampled_from(["q|A", "q|B", "q|merge.B", "plain|head"]))
+@settings(max_examples=300, deadline=None)
+def test_int8_is_near_and_what_was_quantized_once_is_not_changed_again(x, key):
+    once = wire.rounded(x, "int8", key)
+    assert torch.equal(wire.rounded(once, "int8", key), once)
+    assert torch.equal(wire.decode(wire.encode(wire.Message({}, {key: x}), "int8")).tensors[key], once)
+    axis = 0 if key in ("q|B", "q|merge.B") else 1
+    largest = x.abs().amax(axis, keepdim=True)
+    assert bool(((once - x).abs() <= largest / 127 * 0.5001 + 2.0**-100).all())
+
+
+@given(matrices(), st.sampled_from(["q|A", "q|B"]))
+@settings(max_examples=200, deadline=None)
+def test_a_last_bit_lost_on_the_way_through_a_scale_is_mended_by_int8(x, key):
+    """A client divides what it receives by its scale and multiplies it again, which may cost the last bit."""
+    once = wire.rounded(x, "int8", key)
+    assert torch.equal(wire.rounded(torch.nextafter(once, 2 * once), "int8", key), once)
+
+
+def test_cutting_a_pair_and_putting_pairs_side_by_side_leaves_int8_numbers_as_they_were():
+    pairs = [{name: wire.rounded(x * 10.0**k, "int8", name) for name, x in factors(k).items()} for k in range(3)]
+    B, A = torch.cat([own["B"] for own in pairs], dim=1), torch.cat([own["A"] for own in pairs])
+    assert torch.equal(wire.rounded(B, "int8", "merge.B"), B)
+    assert torch.equal(wire.rounded(A, "int8", "merge.A"), A)
+    assert torch.equal(wire.rounded(B[:, 1:4], "int8", "q|B"), B[:, 1:4])
+
+
+def test_int8_takes_a_quarter_of_the_bytes():
+    tensors = {"q|A": draw(8, 512), "q|B": draw(512, 8), "plain|head": draw(4, 64), "plain|bias": draw(4)}
+    numbers = 8 * 512 * 2 + 4 * 64
+    plain, small = (len(wire.encode(wire.Message({}, tensors), dtype)) for dtype in ("float32", "int8"))
+    assert plain > 4 * numbers
+    assert numbers < small < numbers + 4 * (8 + 8 + 4 + 4) + 1000
+
+
+def test_int8_of_numbers_that_are_none_is_refused_by_the_other_side():
+    for value in (float("nan"), float("inf")):
+        x = draw(2, 3)
+        x[0, 1] = value
+        data = wire.encode(wire.Message({}, {"q|A": x}), "int8")
+        if value != value:
+            with pytest.raises(wire.WireError, match=r"'q|A|scale': scales with NaN"):
+                wire.decode(data)
+        else:  # cut off at a number that no server takes
+            assert float(wire.decode(data).tensors["q|A"].abs().max()) > 1e30
+
+
+def int8(shape, scales, scale_type="F32", name="q|A|scale", values=None):
+    """A message with one int8 matrix "q|A" of the given shape, and scales that say whatever they like."""
+    import math
+
+    count = math.prod(shape)
+    body = struct.pack(f"<{len(scales)}f", *scales) + bytes([1] * count)
+    entries = {name: entry([len(scales)] if values is None else values, [0, 4 * len(scales)], scale_type)}
+    return raw({**entries, "q|A": entry(shape, [4 * len(scales), 4 * len(scales) + count], "I8")}, body)
+
+
+HOSTILE_SCALES = {
+    "NaN": (int8([2, 3], [1.0, float("nan")]), "scales with NaN"),
+    "infinity": (int8([2, 3], [float("inf"), 1.0]), "scales with NaN, infinity"),
+    "below zero": (int8([2, 3], [1.0, -1.0]), "values below 0"),
+    "beyond": (int8([2, 3], [1.0, 3e38]), "beyond"),
+    "too few": (int8([2, 3], [1.0]), r"int8 with scales F32 of shape \[1\], wanted F32 of shape \[2\]"),
+    "too many": (int8([2, 3], [1.0] * 3), r"wanted F32 of shape \[2\]"),
+    "of two dimensions": (int8([2, 3], [1.0, 1.0], values=[2, 1]), r"wanted F32 of shape \[2\]"),
+    "of another matrix": (int8([2, 3], [1.0, 1.0], name="q|B|scale"), "q.A': int8 with scales none|scales without"),
+    "of another type": (int8([2, 3], [1.0, 1.0], "I8", values=[8]), "int8 of shape|int8 with scales I8"),
+    "of a vector": (int8([6], [1.0]), "allowed: matrices"),
+    "without a matrix": (raw({"q|A|scale": entry([1], [0, 4])}, struct.pack("<f", 1.0)), "scales without an int8 matrix"),
+    "of a float matrix": (
+        raw({"q|A": entry([1, 1], [0, 4]), "q|A|scale": entry([1], [4, 8])}, struct.pack("<2f", 1, 1)),
+        "scales without an int8 matrix",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), HOSTILE_SCALES.values(), ids=HOSTILE_SCALES)
+def test_int8_with_wrong_scales_is_refused(data, reason):
+    with pytest.raises(wire.WireError, match=reason):
+        wire.decode(data)
+
+
+def test_right_scales_are_taken():
+    assert wire.decode(int8([2, 3], [0.5, 0.0])).tensors["q|A"].tolist() == [[0.5] * 3, [0.0] * 3]
+
+
+def test_a_message_is_measured_by_what_it_becomes_before_memory_is_taken():
+    data = wire.encode(wire.Message({}, {"q|A": draw(100, 1000)}), "int8")
+    assert len(data) < 120_000
+    with pytest.raises(wire.WireError, match="as float32, allowed: 120000"):
+        wire.decode(data, 120_000)
+    wire.decode(data, 4 * 100 * 1000 + 400)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_spooled_message_is_read_a_layer_at_a_time_and_is_what_decode_gave(dtype, tmp_path):
+    tensors = wire.pack_factors({"model.0.q": factors(), "model.1.q": factors(2)})
+    tensors |= wire.pack_plain({"head": draw(4, 3), "bias": draw(4), "none": torch.empty(0, 3), "number": torch.tensor(1.5)})
+    data = wire.encode(wire.Message(HEADER, tensors), dtype)
+    whole = wire.decode(data).tensors
+    spooled = wire.Spooled(data, tmp_path / "3.safetensors")
+    assert list(spooled) == list(wire.unpack_factors(whole))
+    assert same({layer: spooled[layer] for layer in spooled}, wire.unpack_factors(whole))
+    assert same(spooled.plain(), wire.unpack_plain(whole))
+
+
+def test_a_spooled_message_whose_file_was_cut_says_so(tmp_path):
+    spooled = wire.Spooled(wire.encode(wire.Message({}, {"q|A": draw(3, 5)})), tmp_path / "3.safetensors")
+    (tmp_path / "3.safetensors").write_bytes((tmp_path / "3.safetensors").read_bytes()[:-4])
+    with pytest.raises(OSError, match="shorter than it was written"):
+        spooled["q"]

@@ -9,25 +9,23 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from umbel import config as configuration
 from umbel import kit
-from umbel.client import data
-from umbel.client.site import Site, Worker
-from umbel.config import ConfigError
-from umbel.engine import reason
-from umbel.engine.flower import Flower, job_of, payload_of, to_content
-from umbel.run import Listener, Network, run
+from umbel.client import worker
+from umbel.engine.flower import EnvelopeError, Flower, job_of, payload_of, to_content
+
+# What is heavy is imported where it is used: the process that Flower starts for each message only passes bytes on.
+
+Listener = Callable[[dict[str, Any]], None]
 
 NODES_SECONDS = 120
 """For the nodes of a simulation to say which partition they are."""
@@ -35,15 +33,17 @@ NODES_SECONDS = 120
 server_app = ServerApp()
 client_app = ClientApp()
 
-_workers: dict[Site, Worker] = {}
-"""Of this process: one in a deployment, where every message has a process of its own; those of a simulation live longer."""
+_workers: dict[Path, Any] = {}
+"""Of a simulation's process, by the folder of what its clients keep."""
 
 
 class Nodes(Protocol):
     """Who of Flower's nodes is which client of ours."""
 
-    clients: list[int] | None
-    """All that may take part, connected or not; None where the run's file says it."""
+    @property
+    def clients(self) -> list[int] | None:
+        """All that may take part, connected or not; None where the run's file says it."""
+        ...
 
     def connected(self) -> Mapping[int, int]:
         """Returns client numbers and node ids of those that are there now."""
@@ -72,11 +72,13 @@ class Sites:
 class Partitions:
     """The nodes of a simulation, which say themselves which partition they are."""
 
-    clients = None
-
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._known: dict[int, int] = {}
+
+    @property
+    def clients(self) -> None:
+        return None
 
     def connected(self) -> dict[int, int]:
         there = list(self._grid.get_node_ids())
@@ -93,6 +95,8 @@ class Partitions:
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs the job that `umbel run` asked for, or the run file that `flwr run` names."""
+    from umbel import config as configuration
+
     given = context.run_config
     if "request" in given:
         request = json.loads(Path(str(given["request"])).read_text(encoding="utf-8"))
@@ -117,11 +121,12 @@ def main(grid: Grid, context: Context) -> None:
         out = Path(str(given.get("out") or Path("runs") / file.stem)).expanduser()
         serve(grid, configuration.read(file), out, Partitions(grid), _print_event)
     else:
-        raise ConfigError("no run file; give it with: flwr run app --run-config 'config=\"/path/of/run.toml\"'")
+        raise configuration.ConfigError("no run file; give it with: flwr run app --run-config 'config=\"/path/of/run.toml\"'")
 
 
 def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen: Listener) -> None:
     """Runs a job over the nodes of a grid, on from where its folder stops."""
+    from umbel.run import Network, run
 
     def engine(job: Mapping[str, Any], deadline: float) -> Flower:
         return Flower(grid, nodes.connected, job, deadline)
@@ -137,11 +142,15 @@ def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
         folder: Of the job; what clients keep is in its folder `sites`.
         listen: Called with events, for progress.
     """
+    import torch
     from flwr.simulation import run_simulation
+
+    from umbel import config as configuration
+    from umbel.client import data
 
     first = next(iter(configuration.configs(table).values()))
     clients = data.load(first).clients
-    site = Site(None, (folder / "sites").resolve(), methods=None)
+    state = (folder / "sites").resolve()
     path = [os.getcwd()]
     server, client = ServerApp(), ClientApp()
 
@@ -152,10 +161,10 @@ def simulate(table: dict[str, Any], folder: Path, listen: Listener) -> None:
     @client.train()
     def _(message: Message, context: Context) -> Message:
         sys.path[:0] = [place for place in path if place not in sys.path]
-        return answer(site, message)
+        return answer_simulated(state, message)
 
     client.query()(query)
-    each = {"num_cpus": 1.0, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
+    each: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_simulation(server, client, clients, backend_config={"client_resources": each})
@@ -176,35 +185,29 @@ def query(message: Message, context: Context) -> Message:
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Answers one request, of whatever kind: what is asked is in the payload."""
-    return answer(site_of(context), message)
-
-
-def answer(site: Site, message: Message) -> Message:
-    """Answers one request for a site."""
-    try:
-        worker = _workers.setdefault(site, Worker(site))
-        content = to_content(worker.answer(job_of(message.content), payload_of(message.content)))
-    except Exception as error:
-        # The traceback stays here; the operator gets type, message and place, without this site's data.
-        traceback.print_exc()
-        content = to_content(b"", error=reason(error))
-    return Message(content, reply_to=message)
-
-
-def site_of(context: Context) -> Site:
-    """Returns what this node says for itself: a kit's site, or one of a simulation's partitions."""
     folder = context.node_config.get("site")
-    if folder is None:
-        # A simulation: run file and rows are this machine's own.
-        state = context.node_config.get("state") or Path(tempfile.gettempdir()) / "umbel-simulation"
-        return Site(None, Path(str(state)), methods=None)
-    settings = kit.read_site(Path(str(folder)))
-    return Site(
-        settings.number,
-        Path(str(folder)) / "state",
-        settings.data,
-        settings.test,
-        settings.model,
-        settings.allow_code_execution,
-        tuple(settings.methods),
-    )
+    if folder is not None:
+        return _reply(message, partial(worker.answer, Path(str(folder))))
+    # A node of a simulation: run file and rows are this machine's own.
+    state = context.node_config.get("state") or Path(tempfile.gettempdir()) / "umbel-simulation"
+    return answer_simulated(Path(str(state)), message)
+
+
+def answer_simulated(state: Path, message: Message) -> Message:
+    """Answers for whichever client is asked, with the rows that the run's file gives to it; what it keeps goes to `state`."""
+    from umbel.client.site import Site, Worker
+
+    def answer(job: Mapping[str, Any], payload: bytes) -> tuple[bytes, str]:
+        if state not in _workers:
+            _workers[state] = Worker(Site(None, state, methods=None))
+        return worker.answer_here(_workers[state], job, payload)
+
+    return _reply(message, answer)
+
+
+def _reply(message: Message, answer: Callable[[Mapping[str, Any], bytes], tuple[bytes, str]]) -> Message:
+    try:
+        payload, error = answer(job_of(message.content), payload_of(message.content))
+    except EnvelopeError as refusal:
+        payload, error = b"", str(refusal)
+    return Message(to_content(payload, error=error), reply_to=message)

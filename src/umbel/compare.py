@@ -40,7 +40,7 @@ AHEAD = 8
 UNSAFE = r"[^\w.+-]"
 """What is not taken over from a value into a folder's name."""
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)

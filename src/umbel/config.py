@@ -232,9 +232,9 @@ class Server:
 
 @dataclass(frozen=True)
 class Wire:
-    """What goes over the network. dtype: of all floating-point tensors."""
+    """What goes over the network. dtype: of all floating-point tensors; "int8" keeps vectors in float32."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -322,10 +322,15 @@ def start_site(folder: Path, say: Say = print, **options: str) -> None:
         kit.read_certificate(folder / "ca.crt")
         _flower_command("flower-supernode")
         fleet = superlink.Fleet(config.server, folder / "ca.crt", key)
-        failed = 0
+        failed, worker = 0, None
         while True:
             _wait_until_let_in(fleet, config, folder, say)
             _forget_last_time(fleet, folder)
+            if worker is None or worker.process.poll() is not None:
+                # It keeps the base model in memory; without it every message loads it anew, in a process of its own.
+                worker = children.start(
+                    "worker", [sys.executable, "-m", "umbel.client.worker", str(folder)], kit.flower_env(folder)
+                )
             child = children.start("site", _supernode_command(folder, config), kit.flower_env(folder))
             came_online = _watch(child, fleet, config, folder, say, rows)
             failed = 0 if came_online else failed + 1

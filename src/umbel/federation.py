@@ -19,7 +19,7 @@ from typing import Any
 
 import tomli_w
 
-from umbel import __version__, kit
+from umbel import __version__, deployment, kit
 from umbel import run as running
 from umbel.record import Record, write_json
 from umbel.run import Listener
@@ -195,7 +195,9 @@ def say(event: dict[str, Any]) -> str:
     elif kind == "member":
         text = f"run {event['label']} ({event['index'] + 1} of {event['members']})"
     elif kind == "round":
-        text = f"round {event['round']} of {event['rounds']}: client {event['client']}, {event['answered']} of {event['clients']}"
+        text = (
+            f"round {event['round']} of {event['rounds']}: client {event['client']}, {event['answered']} of {event['clients']}"
+        )
     elif kind == "refused":
         text = f"round {event['round']}: refused client {event['client']}: {event['reason']}"
     elif kind == "end":
@@ -248,16 +250,11 @@ def status(submitted: Submitted) -> dict[str, Any]:
 
 
 def sites(federation: kit.Federation) -> list[dict[str, Any]]:
-    """Returns the sites of a federation and which are connected.
-
-    Raises:
-        FederationError: The SuperLink is not there.
-    """
-    told = flwr(federation, "supernode", "ls", "umbel", "--verbose")
-    by_name = {str(node.get("name")): node for node in told.get("nodes", [])}
+    """Returns the sites of a federation and which are connected; all are "unknown" while no server runs here."""
+    nodes = deployment.online(federation)
     return [
         {"name": site.name, "number": site.number, "state": site.state}
-        | {"status": by_name.get(site.name, {}).get("status", "not registered")}
+        | {"status": nodes[site.name].status if site.name in nodes else "unknown"}
         for site in federation.sites
     ]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from umbel import algebra, wire
+from umbel import algebra, preflight, wire
 from umbel.engine import Ask, Engine, Reply
 from umbel.method import Method, taking_mixed_ranks
 from umbel.record import Record
@@ -21,6 +21,12 @@ Schema = dict[str, LayerShape | tuple[int, ...]]
 
 MOST_OPENING_BYTES = 16 * 2**20
 """Of a reply to the opening, which holds names and numbers only."""
+
+MOST_LOST_BYTES = 4096
+"""Of a reply that says only that its client's files are gone."""
+
+LOST = {"state": "its state", "state and optimizer": "its state and that of its optimizer"}
+"""What a client may say that it has lost, and how the record says it."""
 
 STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
 
@@ -38,12 +44,16 @@ class Plan:
         clients_per_round: Asked in each round; 0 asks all.
         measure_error: See `Aggregator`.
         observe: "rounds" scores the common model after every round, "end" after the last, "never" not at all.
+        observe_by: "observer" scores it on all test rows. "clients", where the server has none, score it on their own, after
+            the last round only; they have the final adapter then, too.
         observe_start: Score the common model before the first round too.
         score_clients: Every client scores its own model on its own test rows, after training and before aggregation.
         most_rank: The largest rank that a client may say it has; 0 bounds it by the layer's size alone.
         run: Names the run for ever, so that a reply to another one is refused; "" where there is one run only.
         min_clients: Uploads without which a round is not committed, answers without which a run does not begin; 0 is half of
             the clients asked, rounded up: a result of fewer would speak for a minority, and two clients may lose one.
+        rejoin: Clients that were not there at the opening are asked again before each training round.
+        expected: Facts of the server that clients must share, as `umbel.preflight.mismatch` compares them; None asks for none.
     """
 
     method: Method
@@ -59,6 +69,9 @@ class Plan:
     most_rank: int = 0
     run: str = ""
     min_clients: int = 0
+    observe_by: str = "observer"
+    rejoin: bool = False
+    expected: Mapping[str, Any] | None = None
 
     def quorum(self, asked: int) -> int:
         """Returns how many of so many clients asked must have answered.
@@ -82,6 +95,21 @@ class _Heard:
     bytes_down: dict[str, int] = field(default_factory=dict[str, int])
     bytes_up: dict[str, int] = field(default_factory=dict[str, int])
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    joined: list[int] = field(default_factory=list[int])
+    lost: dict[str, str] = field(default_factory=dict[str, str])
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+    def add(self, other: "_Heard") -> None:
+        """Takes over what another asking in the same round came to, but not its answers."""
+        self.refused += other.refused
+        self.joined += other.joined
+        self.lost |= other.lost
+        self.facts |= other.facts
+        for mine, theirs in ((self.bytes_down, other.bytes_down), (self.bytes_up, other.bytes_up)):
+            for client, length in theirs.items():
+                mine[client] = mine.get(client, 0) + length
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
 
     def add_seconds(self, header: Mapping[str, Any]) -> None:
         """Adds what a client says its stages took; anything but numbers is passed over."""
@@ -132,8 +160,10 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
     """
     phases = list(plan.method.plan(plan.rounds))
     restored = record.restore()
+    # Who answered the opening and did not fit it; asked again by the next process only, since a person has to mend that.
+    barred: set[int] = set()
     if restored is None:
-        server, rows = _open(engine, plan, record)
+        server, rows = _open(engine, plan, record, barred)
     else:
         header, tensors, _ = restored
         layers = {name: LayerShape(*shape) for name, shape in header["layers"].items()}
@@ -142,29 +172,15 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
         server.restore(header, tensors)
     committing = 0.0
     for index in range(server.round, len(phases)):
-        committing = _round(engine, plan, record, server, rows, phases, index, progress, committing)
+        committing = _round(engine, plan, record, server, rows, barred, phases, index, progress, committing)
     return server
 
 
-def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int, int]]:
+def _open(engine: Engine, plan: Plan, record: Record, barred: set[int]) -> tuple[Server, dict[int, int]]:
     """Asks every client for its layers and rows; those whose layers or other parameters are not the majority's are left out."""
     began = time.perf_counter()
     heard = _Heard(plan.run, 0, "open")
-    said: dict[int, Schema] = {}
-    rows: dict[int, int] = {}
-
-    def request(client: int) -> bytes:
-        return wire.encode(wire.Message(heard.echo(client)))
-
-    for reply in _in_order(engine.ask(_counted(plan.clients, request, heard)), plan.clients):
-        message = _read(reply, heard)
-        if message is None:
-            continue
-        try:
-            rows[reply.client] = _rows(reply.client, message.header)
-            said[reply.client] = _schema(reply.client, message.header, plan.most_rank)
-        except Refused as error:
-            heard.refuse(reply.client, str(error))
+    rows, said = _ask_to_open(engine, plan, plan.clients, heard)
     if not said:
         raise ServerError(f"no client answered the opening ({heard.reasons()})")
     ranks = {client: _ranks(own) for client, own in said.items()}
@@ -178,6 +194,7 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
         else:
             heard.refuse(client, _difference(client, own, agreed))
     _check_quorum(plan, "the opening", plan.clients, heard)
+    barred |= set(heard.replies) - set(heard.answered)
     rows = {client: rows[client] for client in heard.answered}
     layers = {name: shape for name, shape in agreed.items() if isinstance(shape, LayerShape)}
     largest = {name: max(ranks[client][name] for client in rows) for name in layers}
@@ -187,10 +204,68 @@ def _open(engine: Engine, plan: Plan, record: Record) -> tuple[Server, dict[int,
     for client in rows:
         for layer in layers:
             server.note_rank(client, layer, ranks[client][layer])
-    scores = _observe(engine, plan, server, True, heard) if plan.observe_start else None
+    scores = _observe(engine, plan, server, True, heard) if plan.observe_start and plan.observe_by == "observer" else None
     line = _line(0, "open", 0, plan.clients, heard, None, scores, began)
     _commit(record, server, rows, line)
     return server, rows
+
+
+def _ask_to_open(engine: Engine, plan: Plan, clients: list[int], heard: _Heard) -> tuple[dict[int, int], dict[int, Schema]]:
+    """Returns what clients say of their rows and layers; those whose facts are not the server's are refused."""
+    rows: dict[int, int] = {}
+    said: dict[int, Schema] = {}
+    wanted = {} if plan.expected is None else {"preflight": True}
+
+    def request(client: int) -> bytes:
+        return wire.encode(wire.Message({**heard.echo(client), **wanted}))
+
+    for reply in _in_order(engine.ask(_counted(clients, request, heard)), clients):
+        message = _read(reply, heard)
+        if message is None:
+            continue
+        client = reply.client
+        try:
+            if plan.expected is not None:
+                heard.facts[str(client)] = facts = preflight.read(message.header.get("preflight"))
+                wrong = preflight.mismatch(plan.expected, facts)
+                if wrong:
+                    raise Refused(f"client {client}: {wrong}")
+            rows[client] = _rows(client, message.header)
+            said[client] = _schema(client, message.header, plan.most_rank)
+        except Refused as error:
+            heard.refuse(client, str(error))
+    return rows, said
+
+
+def _join(engine: Engine, plan: Plan, server: Server, rows: dict[int, int], barred: set[int], heard: _Heard) -> None:
+    """Asks those who were not there at the opening once more; who fits the others takes part from this round on."""
+    missing = [client for client in plan.clients if client not in rows and client not in barred]
+    if not missing:
+        return
+    opening = _Heard(plan.run, heard.round, "open")
+    counted, said = _ask_to_open(engine, plan, missing, opening)
+    plain = {f"plain|{name}": shape for name, shape in (server.plain_shapes or {}).items()}
+    agreed: Schema = {**server.layers, **plain}
+    for client, own in said.items():
+        ranks = _ranks(own)
+        large = [name for name, shape in server.layers.items() if ranks.get(name, 0) > shape.rank]
+        if plan.method.mixed_ranks and large:
+            most = server.layers[large[0]].rank
+            opening.refuse(
+                client, f"layer {large[0]!r}: client {client} has rank {ranks[large[0]]}, the run's largest is {most}"
+            )
+            continue
+        if plan.method.mixed_ranks:
+            own = _with_ranks(own, {**ranks, **_ranks(agreed)})
+        if own != agreed:
+            opening.refuse(client, _difference(client, own, agreed))
+            continue
+        rows[client] = counted[client]
+        opening.joined.append(client)
+        for layer in server.layers:
+            server.note_rank(client, layer, ranks[layer])
+    barred |= set(opening.replies) - set(rows)
+    heard.add(opening)
 
 
 def _rows(client: int, header: Mapping[str, Any]) -> int:
@@ -255,7 +330,8 @@ def _round(
     plan: Plan,
     record: Record,
     server: Server,
-    rows: Mapping[int, int],
+    rows: dict[int, int],
+    barred: set[int],
     phases: list[Method],
     index: int,
     progress: Progress,
@@ -265,10 +341,12 @@ def _round(
     began = time.perf_counter() - committing
     phase = phases[index]
     train_round = sum(1 for earlier in phases[: index + 1] if earlier.trains)
+    heard = _Heard(plan.run, index + 1, _kind(phase))
+    if plan.rejoin and phase.trains:
+        _join(engine, plan, server, rows, barred, heard)
     asked = _choose(plan, sorted(rows), train_round) if phase.trains else sorted(rows)
     if not phase.trains and phase.measures == "factors":
         asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
-    heard = _Heard(plan.run, index + 1, _kind(phase))
     heard.seconds["record"] = committing
     if phase.sends:
         aggregator = Aggregator(phase, server, plan.measure_error)
@@ -278,7 +356,7 @@ def _round(
             share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
             return _request(server, phase, heard.echo(client), train_round, plan, share)
 
-        for reply in _in_order(engine.ask(_counted(asked, request, heard)), asked):
+        for reply in _in_order(_ask(engine, server, phase, asked, request, heard), asked):
             _fold(reply, aggregator, heard, rows[reply.client])
             progress(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
@@ -303,7 +381,9 @@ def _round(
     last = index + 1 == len(phases)
     scores = None
     # Where a part of the model stays with the clients, there is a common model only in the end.
-    if (plan.observe == "rounds" and phase.trains and not phase.keeps) or (plan.observe != "never" and last):
+    if plan.observe_by == "clients":
+        scores = _observe_by_clients(engine, plan, server, sorted(rows), heard) if plan.observe != "never" and last else None
+    elif (plan.observe == "rounds" and phase.trains and not phase.keeps) or (plan.observe != "never" and last):
         scores = _observe(engine, plan, server, last, heard)
     counted = train_round if _kind(phase) != "measure" else 0
     line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
@@ -358,8 +438,58 @@ def _counted(asked: Iterable[int], request: Callable[[int], bytes], heard: _Hear
         started = time.perf_counter()
         payload = request(client)
         heard.seconds["wire"] += time.perf_counter() - started
-        heard.bytes_down[str(client)] = len(payload)
+        heard.bytes_down[str(client)] = heard.bytes_down.get(str(client), 0) + len(payload)
         yield Ask(client, payload)
+
+
+def _ask(
+    engine: Engine,
+    server: Server,
+    phase: Method | None,
+    asked: list[int],
+    request: Callable[[int], bytes],
+    heard: _Heard,
+) -> Iterator[Reply]:
+    """Asks clients; one whose files are gone is sent everything afresh in the same round, if it can answer then.
+
+    Where nothing is kept at home, it ends with the bits that it would have had. What it alone had is gone, as the record says.
+    """
+    again: list[int] = []
+    for reply in engine.ask(_counted(asked, request, heard)):
+        client = reply.client
+        if client in again:
+            continue
+        lost = _lost(reply) if client in asked and client in server.has else None
+        if lost is None:
+            yield reply
+            continue
+        assert reply.payload is not None
+        heard.bytes_up[str(client)] = len(reply.payload)
+        gathers = phase is not None and not phase.trains and phase.measures == "factors"
+        own = f" and with it its {' and '.join(phase.sends)}, which nobody else has" if phase and gathers else ""
+        if phase and phase.keeps:
+            own = f" and with it its own {' and '.join(phase.keeps)}, kept at home until now"
+        heard.lost[str(client)] = f"lost {lost} after round {server.has[client]}{own}"
+        # Its rank, too, begins as it was at the opening, which is at most the largest.
+        del server.has[client]
+        server.ranks.pop(client, None)
+        if gathers:
+            yield Reply(client, None, heard.lost[str(client)])
+        else:
+            again.append(client)
+    if again:
+        yield from engine.ask(_counted(again, request, heard))
+
+
+def _lost(reply: Reply) -> str | None:
+    """Returns what a client says that it has lost; None for any other reply."""
+    if reply.payload is None or len(reply.payload) > MOST_LOST_BYTES:
+        return None
+    try:
+        said = wire.decode(reply.payload).header.get("lost")
+    except wire.WireError:
+        return None
+    return LOST.get(said) if isinstance(said, str) else None
 
 
 def _in_order(replies: Iterable[Reply], asked: list[int]) -> Iterator[Reply]:
@@ -381,7 +511,7 @@ def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> 
         heard.refuse(reply.client, reply.reason)
         return None
     started = time.perf_counter()
-    heard.bytes_up[str(reply.client)] = len(reply.payload)
+    heard.bytes_up[str(reply.client)] = heard.bytes_up.get(str(reply.client), 0) + len(reply.payload)
     try:
         message = wire.decode(reply.payload, most_bytes)
         heard.check_echo(reply.client, message.header)
@@ -415,8 +545,11 @@ def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int) -> No
 def _observe(engine: Engine, plan: Plan, server: Server, generate: bool, heard: _Heard) -> dict[str, Any] | None:
     """Scores the common model on all test rows, by a client that only observes."""
     seen = _Heard(plan.run, server.round, "observe")
-    payload = _observation(server, seen.echo(OBSERVER), generate, "float32")
-    reply = next(iter(engine.ask([Ask(OBSERVER, payload)])), Reply(OBSERVER, None, "no reply"))
+
+    def request(client: int) -> bytes:
+        return _observation(server, seen.echo(client), generate, "float32")
+
+    reply = next(_ask(engine, server, None, [OBSERVER], request, seen), Reply(OBSERVER, None, "no reply"))
     if reply.payload is None:
         raise ServerError(f"scoring the common model failed: {reply.reason}")
     try:
@@ -427,6 +560,47 @@ def _observe(engine: Engine, plan: Plan, server: Server, generate: bool, heard: 
     heard.add_seconds(message.header)
     server.took(OBSERVER)
     return _scores(message.header.get("scores"))
+
+
+def _observe_by_clients(engine: Engine, plan: Plan, server: Server, clients: list[int], heard: _Heard) -> dict[str, Any] | None:
+    """Scores the common model at every client, on its own test rows; returns the mean over rows. Who is silent is skipped."""
+    seen = _Heard(plan.run, server.round, "observe")
+    scored: list[dict[str, float]] = []
+
+    def request(client: int) -> bytes:
+        return _observation(server, seen.echo(client), True, server.dtype)
+
+    for reply in _in_order(_ask(engine, server, None, clients, request, seen), clients):
+        message = _read(reply, seen)
+        if message is None:
+            continue
+        server.took(reply.client)
+        scores = _scores(message.header.get("scores")) or {}
+        rows = scores.get("rows", 0)
+        if type(rows) is int and 1 <= rows <= MOST_ROWS:
+            scored.append(scores)
+    seen.refused = [{**own, "reason": f"scoring the common model: {own['reason']}"[:1000]} for own in seen.refused]
+    heard.add(seen)
+    return _mean_scores(scored)
+
+
+def _mean_scores(scored: list[dict[str, float]]) -> dict[str, float] | None:
+    """Returns each score's mean weighted by "rows", or by "<score>_rows" where only some rows have it; rows are added up.
+
+    >>> _mean_scores([{"accuracy": 1.0, "rows": 1}, {"accuracy": 0.5, "rows": 3}, {"rows": 2}])
+    {'accuracy': 0.625, 'rows': 6}
+    """
+    result: dict[str, float] = {}
+    for name in dict.fromkeys(name for own in scored for name in own):
+        having = [own for own in scored if name in own]
+        if name == "rows" or name.endswith("_rows"):
+            result[name] = sum(own[name] for own in having)
+            continue
+        weights = [max(0.0, own.get(f"{name}_rows", own["rows"])) for own in having]
+        mean = math.fsum(w * own[name] for w, own in zip(weights, having)) / (math.fsum(weights) or 1.0)
+        if math.isfinite(mean):
+            result[name] = mean
+    return result or None
 
 
 def _observation(server: Server, echo: Mapping[str, Any], generate: bool, dtype: str) -> bytes:
@@ -481,6 +655,7 @@ def _line(
         "rows": said("rows"),
         "steps": said("steps"),
         "loss": said("loss"),
+        "rounding": said("rounding"),
         "bytes_down": heard.bytes_down,
         "bytes_up": heard.bytes_up,
         "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},
@@ -489,6 +664,7 @@ def _line(
         "aggregation_error": errors["error"],
         "aggregation_error_of_sum": errors["error_of_sum"],
         "rank": aggregated.rank if aggregated else {},
+        **{key: value for key, value in (("joined", heard.joined), ("lost", heard.lost), ("preflight", heard.facts)) if value},
     }
 
 

@@ -121,7 +121,9 @@ def close(folder: Path) -> list[str]:
     closed: list[str] = []
     with locked(folder):
         for request in requests_in(folder, own_key(federation.folder)):
-            if not request.closed and not request.reply.exists():
+            head = request.envelope.head
+            joining = head.kind == "open" and head.round > 0  # nobody waits for it
+            if not request.closed and not joining and not request.reply.exists():
                 path = request.envelope.path
                 path.rename(path.with_suffix(CLOSED))
                 closed.append(request.site)

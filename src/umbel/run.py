@@ -382,7 +382,7 @@ def _run_member(
     network: Network | None,
     job: dict[str, Any],
 ) -> None:
-    from umbel.client import client, model, publish
+    from umbel.client import client, model, preflight, publish
     from umbel.client.adapter import Adapter
 
     record = Record(folder)
@@ -404,7 +404,13 @@ def _run_member(
         if network is not None:
             whole = {**job, "member": member.label, "config": configuration.to_table(config)}
             engine = _WithObserver(network.engine(whole, config.server.round_deadline), engine)
-            plan = replace(plan, run=job["run"])
+            plan = replace(
+                plan,
+                run=job["run"],
+                rejoin=True,
+                observe_by="observer" if dataset.test else "clients",
+                expected=preflight.identity(config, base.tokenizer),
+            )
         server = federate(engine, plan, record, lambda event: listen({"event": "round", **event}))
         published = None
         if member.role != "local":

@@ -353,7 +353,7 @@ class Aggregator:
                 ideal = method.product({**common, **self._ideal[layer].done()})
                 error[layer] = algebra.relative_error(sent, ideal)
                 error_of_sum[layer] = algebra.error_to_sum(error[layer], sent, ideal, len(self.folded))
-        plain = {name: wire.rounded(x, self.server.dtype) for name, x in self._plain.done().items()}
+        plain = {name: wire.rounded(x, self.server.dtype, f"plain|{name}") for name, x in self._plain.done().items()}
         return Aggregated(downloads, plain, error or None, error_of_sum or None, rank, self._ranks)
 
     def _finish(self, layer: str, download: Download) -> Download:
@@ -361,7 +361,7 @@ class Aggregator:
         dtype, reset, merge = self.server.dtype, download.reset, download.merge
         return replace(
             download,
-            factors={name: wire.rounded(x, dtype) for name, x in download.factors.items()},
-            merge=None if merge is None else (wire.rounded(merge[0], dtype), wire.rounded(merge[1], dtype)),
+            factors={name: wire.rounded(x, dtype, name) for name, x in download.factors.items()},
+            merge=merge and (wire.rounded(merge[0], dtype, "merge.B"), wire.rounded(merge[1], dtype, "merge.A")),
             reset=None if reset is None else algebra.seed_of(self.server.seed, self.server.round, reset),
         )

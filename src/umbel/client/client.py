@@ -13,7 +13,7 @@ from torch import Tensor
 
 from umbel import algebra, wire
 from umbel import method as methods
-from umbel.client import evaluate, fit
+from umbel.client import evaluate, fit, preflight
 from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode
 from umbel.client.model import Base
@@ -26,6 +26,9 @@ Answer = dict[str, Any]
 
 OPTIMIZER = "optimizer|"
 """Begins the names of an optimizer's state in a client's file: optimizer|<factors>|<tensor>."""
+
+LOST = "lost|"
+"""Begins the names of what rounding an upload lost, in a client's file: lost|<the tensor's name in the upload>."""
 
 
 @dataclass
@@ -59,6 +62,10 @@ class Resident:
     def lora(self, client: int) -> Lora | None:
         """Returns a client's own rank and alpha; None where all have the same."""
         return self.config.lora.of(client, self.ranks[client]) if client in self.ranks else None
+
+    def rows_of(self, client: int) -> list[Example]:
+        """Returns a client's training rows."""
+        return [self.train[i] for i, own in enumerate(self.dataset.owner_train) if own == client]
 
     def score(self, owner: int, generate: bool, keep: Path | None = None) -> dict[str, float] | None:
         """Scores the model as it stands on a client's test rows, or on all for the observer; None without rows.
@@ -163,12 +170,15 @@ class Client:
             raise wire.WireError(f"this is client {self.number}, the request is for client {request.header['client']!r:.80}")
         echo = {key: request.header.get(key) for key in wire.ECHO}
         if kind == "open":
-            return wire.encode(wire.Message({**echo, **self._open()}))
+            return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))
         for key in ("has", "keep"):
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
                 raise wire.WireError(f"{key!r} is {request.header.get(key)!r:.80}, allowed: a number of rounds, or −1")
-        optimizer = self._take(request)
+        beside = self._take(request)
+        if beside is None:
+            kept = self.resident.config.training.optimizer_state == "keep"
+            return wire.encode(wire.Message({**echo, "lost": "state and optimizer" if kept else "state"}))
         if kind == "observe":
             header, tensors = self._observe(request.header)
         elif kind == "measure":
@@ -176,8 +186,13 @@ class Client:
         elif kind == "gather":
             header, tensors = self._gather(request.header)
         else:
-            header, tensors, optimizer = self._train(request.header, optimizer)
-        self._keep(request.header, optimizer)
+            header, tensors, beside = self._train(request.header, beside)
+            with self._timed("wire"):
+                tensors, beside = self._make_good(tensors, beside)
+        if kind != "observe":
+            with self._timed("wire"):
+                header |= self._rounding(tensors)
+        self._keep(request.header, beside)
         header["seconds"] = {stage: round(value, 3) for stage, value in self._seconds.items()}
         return wire.encode(wire.Message({**header, **echo}, tensors), self.resident.config.wire.dtype)
 
@@ -188,48 +203,94 @@ class Client:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def _mine(self) -> list[Example]:
-        return [self.resident.train[i] for i, own in enumerate(self.resident.dataset.owner_train) if own == self.number]
+        return self.resident.rows_of(self.number)
 
-    def _open(self) -> Answer:
+    def _open(self, with_facts: bool) -> Answer:
         own = self.resident.ranks.get(self.number)
         layers = {name: [s.d_out, s.d_in, own or s.rank] for name, s in self.resident.adapter.layers.items()}
         plain = {name: list(p.shape) for name, p in self.resident.adapter.plain_parameters.items()}
-        return {"layers": layers, "plain": plain, "rows": len(self._mine())}
+        answer: Answer = {"layers": layers, "plain": plain, "rows": len(self._mine())}
+        return answer | ({"preflight": preflight.facts(self.resident, self.folder, self.number)} if with_facts else {})
 
-    def _take(self, request: wire.Message) -> dict[str, Tensor]:
-        """Puts this client on the model: its own state, then what it is owed. Returns its optimizers' states, as kept."""
-        adapter, optimizer = self.resident.adapter, dict[str, Tensor]()
+    def _take(self, request: wire.Message) -> dict[str, Tensor] | None:
+        """Puts this client on the model: its own state, then what it is owed.
+
+        Returns:
+            What it keeps beside the model: its optimizers' states, and what rounding its uploads lost; None where the state
+            that the server believes in is gone.
+        """
+        adapter, beside = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
             has = request.header["has"]
             own = self.resident.lora(self.number)
             if has < 0:
                 adapter.restart(self.resident.config.seed, own)
             else:
-                kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
-                optimizer = {k: x for k, x in kept.tensors.items() if k.startswith(OPTIMIZER)}
-                state = {k: x for k, x in kept.tensors.items() if not k.startswith(OPTIMIZER)}
+                try:
+                    kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
+                except (FileNotFoundError, wire.WireError):
+                    return None
+                beside = {k: x for k, x in kept.tensors.items() if k.startswith((OPTIMIZER, LOST))}
+                state = {k: x for k, x in kept.tensors.items() if k not in beside}
                 adapter.scale(own)
                 adapter.set_state(kept.header["history"], state)
             downloads = wire.unpack(request.header, request.tensors)
+            before = adapter.read(("A",)) if any(k.startswith(LOST) for k in beside) else {}
             adapter.apply(downloads, wire.unpack_plain(request.tensors), own_rank=self.number != OBSERVER)
-        return optimizer
+            if before:
+                after = adapter.read(("A",))
+                turned = {layer for layer, own in before.items() if not _same_directions(own["A"], after[layer]["A"])}
+                turned |= {layer for layer, download in downloads.items() if download.reset is not None}
+                beside = {k: x for k, x in beside.items() if not (k.startswith(LOST) and k.split("|")[1] in turned)}
+        return beside
 
-    def _keep(self, header: Answer, optimizer: dict[str, Tensor]) -> None:
+    def _keep(self, header: Answer, beside: dict[str, Tensor]) -> None:
         """Makes this client's state durable; the one the server believes in stays until the next request."""
         with self._timed("record"):
             history, tensors = self.resident.adapter.state()
-            tensors |= optimizer
+            tensors |= beside
             self.folder.mkdir(parents=True, exist_ok=True)
             keep = {f"{header['has']}.safetensors", f"{header['keep']}.safetensors"}
             write_file(self.folder / f"{header['keep']}.safetensors", wire.encode(wire.Message({"history": history}, tensors)))
+            # Scoring at the end of a round that is not yet committed: if it is asked anew, an older state is the one it needs.
+            within = header["kind"] == "observe" and self.number != OBSERVER
             for old in self.folder.glob("*.safetensors"):
-                if old.name not in keep:
+                if old.name not in keep and not within:
                     old.unlink()
 
     def _seed(self, header: Answer) -> int:
         return algebra.seed_of(self.resident.config.seed, "client", self.number, header["train_round"])
 
-    def _train(self, header: Answer, optimizer: dict[str, Tensor]) -> tuple[Answer, dict[str, Tensor], dict[str, Tensor]]:
+    def _make_good(self, tensors: dict[str, Tensor], beside: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adds what rounding lost of earlier uploads to this one.
+
+        Returns:
+            (the upload, what to keep beside the model: with what rounding will lose this time).
+        """
+        dtype = self.resident.config.wire.dtype
+        if dtype != "int8":
+            return tensors, beside
+        beside, whole = dict(beside), dict[str, Tensor]()
+        for key, x in tensors.items():
+            last = beside.pop(LOST + key, None)
+            whole[key] = x if last is None or last.shape != x.shape else x + last
+            lost = whole[key] - wire.rounded(whole[key], dtype, key)
+            # An upload that is not finite is refused; it must not spoil the next.
+            if bool(lost.any()) and bool(lost.isfinite().all()):
+                beside[LOST + key] = lost
+        return whole, beside
+
+    def _rounding(self, tensors: Mapping[str, Tensor]) -> Answer:
+        """Returns {"rounding": ‖sent − rounded‖_F / ‖sent‖_F} of an upload; nothing where nothing is rounded."""
+        dtype = self.resident.config.wire.dtype
+        if dtype == "float32":
+            return {}
+        lost = sum(float((x - wire.rounded(x, dtype, key)).double().square().sum()) for key, x in tensors.items())
+        all_of_it = sum(float(x.double().square().sum()) for x in tensors.values())
+        share = math.sqrt(lost / all_of_it) if all_of_it > 0 else 0.0
+        return {"rounding": share} if math.isfinite(share) else {}
+
+    def _train(self, header: Answer, beside: dict[str, Tensor]) -> tuple[Answer, dict[str, Tensor], dict[str, Tensor]]:
         resident = self.resident
         # A method that trains now this, now that factor has an optimizer for each.
         mine = f"{OPTIMIZER}{''.join(header['trains'])}|"
@@ -243,7 +304,7 @@ class Client:
                 self._seed(header),
                 int(header["train_round"]),
                 int(header["rounds"]),
-                {k.removeprefix(mine): x for k, x in optimizer.items() if k.startswith(mine)},
+                {k.removeprefix(mine): x for k, x in beside.items() if k.startswith(mine)},
                 lambda step, steps: resident.on_step(self.number, step, steps),
                 resident.method,
             )
@@ -254,7 +315,7 @@ class Client:
             tensors = wire.pack_factors(resident.adapter.read(header["sends"]))
             # What keeps a factor at home keeps the head there, too.
             tensors |= {} if header["keeps"] else wire.pack_plain(resident.adapter.read_plain())
-        others = {k: x for k, x in optimizer.items() if not k.startswith(mine)}
+        others = {k: x for k, x in beside.items() if not k.startswith(mine)}
         answer = {"rows": len(self._mine()), "loss": fitted.loss, "steps": fitted.steps, "scores": scores}
         return answer, tensors, others | {mine + key: x for key, x in fitted.optimizer.items()}
 
@@ -291,8 +352,9 @@ class Client:
         with self._timed("evaluate"):
             generate = bool(header["generate"])
             # At the opening replies are generated, too, but only the last round's rows are kept.
-            keep = self._scores_file(generate and header["keep"] > 0)
-            return {"scores": self.resident.score(OBSERVER, generate, keep)}, {}
+            # A client's file has the scores of its own model, which its last round left.
+            keep = self._scores_file(generate and header["keep"] > 0 and self.number == OBSERVER)
+            return {"scores": self.resident.score(self.number, generate, keep)}, {}
 
     def _scores_file(self, last: bool) -> Path | None:
         """Returns where the scores of every row go after the last round."""
@@ -300,6 +362,16 @@ class Client:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / "scores.jsonl"
+
+
+def _same_directions(before: Tensor, after: Tensor) -> bool:
+    """Whether an A still means the same directions, so that what its pair lost to rounding still belongs to it.
+
+    A mean moves A a little; a decomposition, or a fresh adapter, turns it into another.
+    """
+    if before.shape != after.shape:
+        return False
+    return float((before * after).sum()) > 0.5 * float(before.norm() * after.norm())
 
 
 def _best_product(G: Tensor, rank: int) -> dict[str, Tensor]:

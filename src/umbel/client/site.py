@@ -98,7 +98,7 @@ class Worker:
         alone = self.site.number is not None
         key = (config, clients, number if alone else None)
         if self._resident is None or key != self._key:
-            self._let_go()
+            self.let_go()
             self._resident, self._key = self._load(config, number if alone else None, clients), key
         return self._resident
 
@@ -121,7 +121,8 @@ class Worker:
         tokens = client.tokens(config, base, dataset)
         return Resident(config, base, adapter, dataset, *tokens, ranks=client.ranks(config, dataset), on_step=self.on_step)
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Forgets the base model; the next request loads it again."""
         if self._resident is not None:
             self._resident.adapter.remove()
             self._resident = None

@@ -31,11 +31,6 @@ class Engine(Protocol):
         ...
 
 
-def reason(error: BaseException) -> str:
-    """Stands in until the merge."""
-    return f"{type(error).__name__}: {error}"
-
-
 class Waiting(Exception):
     """Replies that somebody has to bring are missing. The run ends here in good order and goes on when they are there.
 

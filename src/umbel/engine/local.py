@@ -1,10 +1,9 @@
 """Clients in this process, one after the other, over one resident base model: the reference and the default."""
 
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
 from umbel.engine import Ask, Reply
+from umbel.engine.reasons import place
 
 
 class Local:
@@ -22,7 +21,5 @@ class Local:
             try:
                 yield Reply(ask.client, self._answer[ask.client](ask.payload))
             except Exception as error:
-                # One client's failure must not end the round for the others; type, message and place are the reason.
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-                yield Reply(ask.client, None, reason)
+                # One client's failure must not end the round for the others. Its rows are ours here, so nothing is left out.
+                yield Reply(ask.client, None, f"{type(error).__name__}: {error} ({place(error)})")

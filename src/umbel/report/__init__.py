@@ -8,6 +8,7 @@ matplotlib only when a page is drawn.
 from umbel.report.closing import as_json, rows
 from umbel.report.comparison import comparison_json, comparison_table, rank_notes, read_comparison
 from umbel.report.comparison_page import write_comparison
+from umbel.report.federated import status_table
 from umbel.report.jobs import Job, ReportError, Run, read_job
 from umbel.report.merged import merged_table, plan_table
 from umbel.report.page import write_html
@@ -27,6 +28,7 @@ __all__ = [
     "read_comparison",
     "read_job",
     "rows",
+    "status_table",
     "table",
     "write_comparison",
     "write_html",
