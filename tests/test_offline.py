@@ -454,7 +454,9 @@ def test_commands_carry_a_run_to_its_end_through_kills_with_the_bytes_of_an_undi
     assert "lab-c       missing" in umbel("status", run).stdout
     done = umbel("server", "import", server, run, rest[1], "--json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1])["state"] == "done"
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["state"] == "done"
+    assert told["files"] == [{"file": str(rest[1]), "site": "lab-c", "state": "taken", "reason": ""}]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (run / "adapter" / name).read_bytes() == (tmp_path / "local" / "adapter" / name).read_bytes()
     assert umbel("run", "--resume", run).exit_code == 0

@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-BAD_INPUT, FAILED = 2, 1
-"""Exit codes: the user's input is wrong; what was started could not go on."""
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: the user's input is wrong; what was started could not go on; Ctrl-C."""
 
 WRONG_INPUT = ("KitError", "ConfigError", "EnvelopeError", "RecordError")
 """Exceptions of ours that the user can do something about."""
@@ -173,7 +173,8 @@ def import_replies(
             )
         if close:
             tell_closed(offline.close(folder))
-        carry(lambda: offline.go_on(folder, _events, server), folder, as_json)
+        files_told = [{"file": str(own.file), "site": own.site, "state": own.state, "reason": own.reason} for own in taken]
+        carry(lambda: offline.go_on(folder, _events, server), folder, as_json, {"files": files_told})
         if any(own.state == "refused" for own in taken):
             raise typer.Exit(BAD_INPUT)
 
@@ -200,23 +201,26 @@ def export_reply(
         typer.echo(f"{out}: the reply of {head.sender} to {what}, {head.length} bytes. Carry it to the server.")
 
 
-def carry(go: Callable[[], Path], folder: Path, as_json: bool) -> None:
-    """Lets a run go as far as it can, and says what is to be carried where, or where the result is."""
+def carry(go: Callable[[], Path], folder: Path, as_json: bool, told: Mapping[str, Any] | None = None) -> None:
+    """Lets a run go as far as it can, and says what is to be carried where, or where the result is; JSON gets `told` too."""
     from umbel import report
     from umbel.engine import Waiting
 
     try:
         go()
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. Finished rounds and imported replies are kept; go on with: umbel run --resume {folder}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     except Waiting as waiting:
         if as_json:
-            typer.echo(json.dumps({"state": "waiting", "asked": waiting.asked}))
+            typer.echo(json.dumps({"state": "waiting", "asked": waiting.asked, **(told or {})}))
         else:
             tell_waiting(folder, waiting.asked)
         return
     job = report.read_job(folder)
     page = report.write_html([job], folder / "report.html")
     if as_json:
-        typer.echo(json.dumps({"state": "done", **report.as_json([job])}))
+        typer.echo(json.dumps({"state": "done", **(told or {}), **report.as_json([job])}))
         return
     contents = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     typer.echo("Done; nobody is waited for.")
