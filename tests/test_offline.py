@@ -106,10 +106,14 @@ def test_rows_that_only_their_sites_have_give_the_bits_of_a_local_run_over_the_s
     here = {"train": [str(files[name, "train"]) for name in SITES], "test": [str(files[name, "test"]) for name in SITES]}
     running.run({**table, "data": table["data"] | here, "split": {"kind": "files"}}, tmp_path / "local", baselines=False)
 
-    away = {"train": "nowhere.jsonl", "test": table["data"]["test"]}
+    away = {"train": "nowhere.jsonl", "test": "nowhere.jsonl"}
     own = {name: files[name, "train"] for name in SITES}
     federation = Federation(tmp_path, {**table, "data": table["data"] | away, "split": {"kind": "files"}}, own)
-    federation.finish(federation.begin())
+    for name in SITES:
+        kit.update_site(federation.kit / name, test=str(files[name, "test"]))
+    assert federation.finish(federation.begin()) == 4  # opening, two rounds, and the sites' scores of the result
+    last = json.loads((federation.folder / "rounds.jsonl").read_text().splitlines()[-1])
+    assert last["global"]["rows"] == 36
     assert (federation.folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "local" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
