@@ -10,7 +10,7 @@ import pytest
 from umbel.client import data
 from umbel.client.split import split
 from umbel.config import ConfigError, configs
-from umbel.engine import MOST_REASON, reason
+from umbel.engine.reasons import MOST_REASON, reason
 from umbel.method import MethodError
 from umbel.server import Refused
 from umbel.wire import WireError

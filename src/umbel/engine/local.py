@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from umbel.engine import Ask, Reply, place
+from umbel.engine import Ask, Reply
+from umbel.engine.reasons import place
 
 
 class Local:
