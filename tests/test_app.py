@@ -124,8 +124,9 @@ def test_a_client_that_fails_is_refused_with_the_reason_and_the_round_goes_on(tm
     folder, _ = run(tmp_path, tiny.table(tmp_path, method, server={"min_clients": 1}), "ray")
     trained = [line for line in lines(folder) if line["phase"] == "train"]
     assert [len(line["answered"]) for line in trained] == [2, 3]
-    ((client, reason),) = trained[0]["refused"]
-    assert client not in trained[0]["answered"]
+    (refused,) = trained[0]["refused"]
+    reason = refused["reason"]
+    assert refused["client"] not in trained[0]["answered"]
     assert reason.startswith("RuntimeError: no disk, patient …")
     assert "once.py:" in reason
     assert "Jane" not in reason
