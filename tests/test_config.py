@@ -97,7 +97,7 @@ def test_an_unknown_key_names_the_nearest_and_the_allowed(given, where, near, al
         ("training.learning_rate=inf", "inf", "float"),
         ("training.bf16=1", "1", "bool"),
         ("training.optim='adam'", "'adam'", "one of 'adamw_torch', 'sgd'"),
-        ("wire.dtype='float16'", "'float16'", "one of 'float32', 'bfloat16'"),
+        ("wire.dtype='float16'", "'float16'", "one of 'float32', 'bfloat16', 'int8'"),
         ("lora.target_modules='q_proj'", "'q_proj'", "list[str]"),
         ("lora.target_modules=[1]", "[1]", "list[str]"),
         ("lora.rank_pattern={q = 1.5}", "{'q': 1.5}", "dict[str, int]"),

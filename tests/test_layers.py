@@ -18,7 +18,7 @@ LAYERS = [
     {"methods", "config"},
     {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder", "kit"},
     {"loop", "engine", "client", "superlink", "deployment"},
-    {"run", "merging", "report", "testing"},
+    {"run", "merging", "report", "testing", "traffic", "planning"},
     {"compare"},
     {"federation", "app"},
     {"cli", "cli_federation"},

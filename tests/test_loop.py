@@ -33,6 +33,7 @@ class Client:
     def __init__(self, number, dtype="float32"):
         self.number, self.dtype, self.rows = number, dtype, 3 + 2 * number
         self.states = {}
+        self.facts = {}
         self.started = {}  # per training round what this client started from
 
     def answer(self, payload):
@@ -40,12 +41,15 @@ class Client:
         header, kind = request.header, request.header["kind"]
         echo = {key: header[key] for key in wire.ECHO}
         if kind == "open":
-            return wire.encode(wire.Message({**echo, "layers": LAYERS, "plain": {"head": [4]}, "rows": self.rows}))
+            own = {"preflight": self.facts} if header.get("preflight") else {}
+            return wire.encode(wire.Message({**echo, "layers": LAYERS, "plain": {"head": [4]}, "rows": self.rows, **own}))
+        if header["has"] >= 0 and header["has"] not in self.states:
+            return wire.encode(wire.Message({**echo, "lost": "state"}))
         factors, merged, plain = self.take(request)
         weights = self.weights(factors, merged)
         reply, tensors = {"rows": self.rows, "seconds": {"fit": 0.25}}, {}
         if kind == "observe":
-            reply = {"scores": {"loss": sum(float(x.norm()) for x in weights.values()), "rows": 9}}
+            reply = {"scores": {"loss": sum(float(x.norm()) for x in weights.values()), "rows": 9 + self.number}}
         elif kind == "measure":
             G = {layer: x + noise(self.number, layer)(x) for layer, x in weights.items()}
             if "G" in header["sends"]:
@@ -57,17 +61,20 @@ class Client:
             reply["rows"] = max(1, min(self.rows, header["samples"]))
         else:
             turn = header["train_round"]
-            self.started[turn] = (factors, merged, plain)
+            if kind == "train":
+                self.started[turn] = (factors, merged, plain)
             for layer, own in factors.items():
                 pull = weights[layer].norm() * 1e-2
                 factors = {**factors, layer: dict(own)}
                 for name in header["trains"]:
                     factors[layer][name] = own[name] + pull * noise(self.number, turn, layer, name)(own[name])
-            plain = {"head": plain.get("head", torch.zeros(4)) + noise(self.number, turn)(torch.zeros(4))}
+            if kind == "train":
+                plain = {"head": plain.get("head", torch.zeros(4)) + noise(self.number, turn)(torch.zeros(4))}
             tensors = {f"{layer}|{name}": factors[layer][name] for layer in factors for name in header["sends"]}
-            tensors |= wire.pack_plain(plain)
+            tensors |= {} if header["keeps"] else wire.pack_plain(plain)
             reply |= {"loss": 1.0 / turn, "steps": 4, "scores": {"accuracy": 0.5, "loss": 0.7, "rows": 2}}
-        kept = {has: state for has, state in self.states.items() if has == header["has"]}
+        scores_end = kind == "observe" and self.number != OBSERVER
+        kept = {has: state for has, state in self.states.items() if has == header["has"] or scores_end}
         self.states = {**kept, header["keep"]: (factors, merged, plain)}
         return wire.encode(wire.Message({**reply, **echo}, tensors), self.dtype)
 
@@ -194,10 +201,47 @@ class Chatty:
                 yield Reply(7, reply.payload)
 
 
-def test_replies_that_nobody_asked_for_change_nothing(tmp_path):
+def test_replies_that_nobody_asked_for_and_second_ones_change_nothing_but_are_noted_once_each(tmp_path):
     federate(engine(clients()), plan(), Record(tmp_path / "quiet"))
     federate(Chatty(engine(clients())), plan(), Record(tmp_path / "chatty"))
-    assert ending(tmp_path / "quiet") == ending(tmp_path / "chatty")
+    quiet, chatty = ending(tmp_path / "quiet"), ending(tmp_path / "chatty")
+    assert quiet[:2] == chatty[:2]
+    for told, line in zip(quiet[2], chatty[2]):
+        assert {**told, "refused": []} == {**line, "refused": []}
+        twice = [{"client": k, "reason": f"client {k} answered more than once; its first answer counts"} for k in range(3)]
+        strange = {"client": 7, "reason": "client 7 was not asked in this round"}
+        assert line["refused"] == ([*twice, strange] if line["phase"] == "train" else [])
+
+
+class Waits:
+    """Notes, as each client is asked, whose uploads wait in files."""
+
+    def __init__(self, inner, folder):
+        self.inner, self.folder, self.seen = inner, folder / "uploads", []
+
+    def ask(self, asks):
+        for ask in asks:
+            self.seen.append(sorted(path.name for path in self.folder.glob("*")))
+            yield from self.inner.ask([ask])
+
+
+def test_uploads_wait_in_files_until_the_round_is_committed(tmp_path):
+    waits = Waits(engine(clients(), client_1=after_the_opening(saying(rows=0))), tmp_path)
+    federate(waits, plan(rounds=1), Record(tmp_path))
+    first, third = "0.safetensors", "2.safetensors"
+    assert waits.seen == [[], [], [], [], [first], [first], [first, third]]
+    assert not (tmp_path / "uploads").exists()
+
+
+def test_uploads_of_a_round_that_was_killed_are_gone_when_it_begins_anew(tmp_path):
+    with pytest.raises(Killed):
+        federate(Dying(engine(clients()), last=4, heard=True), plan(), Record(tmp_path))
+    assert (tmp_path / "uploads" / "0.safetensors").exists()
+    (tmp_path / "uploads" / "9.safetensors").write_bytes(b"of another round")
+    waits = Waits(engine(clients()), tmp_path)
+    federate(waits, plan(), Record(tmp_path))
+    assert waits.seen[0] == []
+    assert not (tmp_path / "uploads").exists()
 
 
 class Silent:
@@ -345,8 +389,8 @@ ECHOES = {
     "of another run": (saying(run="lung"), "client 1 answered for run 'lung', asked was run 'heart'"),
     "of no run": (saying(run=None), "client 1 answered for run None, asked was run 'heart'"),
     "of another client": (saying(client=2), "client 1 answered for client 2, asked was client 1"),
-    "of another kind": (saying(kind="open"), "client 1 answered for 'open', asked was 'train'"),
-    "of a kind that is a list": (saying(kind=[None]), "client 1 answered for [None], asked was 'train'"),
+    "of another kind": (saying(kind="open"), "client 1 answered for kind 'open', asked was kind 'train'"),
+    "of a kind that is a list": (saying(kind=[None]), "client 1 answered for kind [None], asked was kind 'train'"),
     "of a run without end": (saying(run="x" * 10**5), "client 1 answered for run 'xxx"),
 }
 
@@ -409,7 +453,6 @@ IGNORED = {
     "loss that is an object": saying(loss={"a": 1}),
     "loss that is true": saying(loss=True),
     "loss beyond floats": saying(loss=-(10**400)),
-    "steps that are text": saying(steps="many"),
     "things nobody asked for": saying(reset={"wide": 3}, layers="x", has={}, surprise="\ud800"),
 }
 
@@ -645,6 +688,444 @@ def test_a_start_that_is_the_servers_alone_asks_nobody(tmp_path):
     assert (line["phase"], line["asked"], line["answered"], line["bytes_up"]) == ("measure", [], [], {})
 
 
+# Who comes late, comes back, or has lost its disk
+
+
+class Away:
+    """Says nothing of one client for as many asks as it is away, or fails for it."""
+
+    def __init__(self, inner, client, turns, silent=True):
+        self.inner, self.client, self.turns, self.silent = inner, client, turns, silent
+        self.asked = 0
+
+    def ask(self, asks):
+        for ask in asks:
+            if ask.client == self.client:
+                self.asked += 1
+                if self.asked <= self.turns:
+                    if not self.silent:
+                        yield Reply(ask.client, None, "the node is not there")
+                    continue
+            yield from self.inner.ask([ask])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_client_that_was_not_there_at_the_opening_joins_with_what_the_others_have(tmp_path, method, silent):
+    people = clients()
+    federate(Away(engine(people), 1, 2, silent), plan(method, rounds=4, rejoin=True), Record(tmp_path))
+    lines = lines_of(tmp_path)
+    reason = "no reply" if silent else "the node is not there"
+    assert lines[0]["refused"] == [{"client": 1, "reason": reason}]
+    turns = [line for line in lines if line["phase"] == "train"]
+    assert [line["answered"] for line in turns] == [[0, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert turns[0]["refused"] == [{"client": 1, "reason": reason}]
+    assert [line.get("joined") for line in turns] == [None, [1], None, None]
+    assert [set(line["rows"]) for line in turns][1] == {"0", "1", "2"}
+    for turn in (2, 3, 4):
+        assert same(people[0].started[turn], people[1].started[turn])
+
+
+def test_a_client_that_joins_is_counted_with_the_bytes_of_its_opening(tmp_path):
+    counting = Counting(Away(engine(clients()), 1, 2))
+    federate(counting, plan(rounds=2, rejoin=True, observe="never"), Record(tmp_path))
+    opening, first, join, *_ = [call for call in counting.calls if "1" in call]
+    line = lines_of(tmp_path)[2]
+    round_two = counting.calls[-1]
+    assert line["bytes_down"]["1"] == join["1"][0] + round_two["1"][0]
+    assert line["bytes_up"]["1"] == join["1"][1] + round_two["1"][1]
+    assert (opening["1"][1], first["1"][1]) == (None, None)
+
+
+def test_without_rejoin_nobody_who_missed_the_opening_is_asked_again(tmp_path):
+    away = Away(engine(clients()), 1, 1)
+    federate(away, plan(), Record(tmp_path))
+    assert away.asked == 1
+    assert [line["answered"] for line in lines_of(tmp_path)] == [[0, 2]] * 4
+
+
+def wrong_layers(answer, payload):
+    return saying(layers={**LAYERS, "tall": [10, 7, 3]})(answer, payload)
+
+
+@pytest.mark.parametrize("comes", [0, 2], ids=["at the opening", "late"])
+def test_a_client_that_does_not_fit_is_asked_again_only_after_a_restart(tmp_path, comes):
+    people = clients()
+    away = Away(engine(people, client_1=at_the_opening(wrong_layers)), 1, comes)
+    dying = Dying(away, last=10, heard=True)
+    own = plan(rounds=4, rejoin=True, observe="never")
+    with pytest.raises(Killed):
+        federate(dying, own, Record(tmp_path))
+    assert away.asked == comes + 1
+    federate(engine(people), own, Record(tmp_path))  # somebody has mended it
+    lines = lines_of(tmp_path)
+    refused = [
+        line["round"]
+        for line in lines
+        for own in line["refused"]
+        if "client 1 has LayerShape(d_out=10, d_in=7" in own["reason"]
+    ]
+    assert refused == [comes]
+    assert sum(line.get("joined", []) == [1] for line in lines) == 1
+    assert lines[-1]["answered"] == [0, 1, 2]
+    assert same(people[0].started[4], people[1].started[4])
+
+
+def test_a_run_that_somebody_joins_and_that_is_killed_at_any_ask_ends_the_same(tmp_path):
+    own = plan("florist merge", rejoin=True)
+
+    class Opens(Away):
+        """Client 1 is not there for the opening alone, whoever asks how often."""
+
+        def ask(self, asks):
+            for ask in asks:
+                header = wire.decode(ask.payload).header
+                if ask.client != 1 or (header["kind"], header["round"]) not in (("open", 0), ("open", 1)):
+                    yield from self.inner.ask([ask])
+
+    federate(Opens(engine(clients()), 1, 0), own, Record(tmp_path / "whole"))
+    assert [line.get("joined") for line in lines_of(tmp_path / "whole")] == [None, None, [1], None]
+    for last in range(15):
+        people, folder = clients(), tmp_path / str(last)
+        with pytest.raises(Killed):
+            federate(Dying(Opens(engine(people), 1, 0), last, heard=last % 2 == 0), own, Record(folder))
+        federate(Opens(engine(people), 1, 0), own, Record(folder))
+        assert ending(folder) == ending(tmp_path / "whole")
+
+
+def test_a_late_client_of_a_larger_rank_than_the_runs_is_refused_and_one_of_a_smaller_joins(tmp_path):
+    def of_rank(rank):
+        return at_the_opening(saying(layers={name: [*shape[:2], rank] for name, shape in LAYERS.items()}))
+
+    for rank, joined in ((4, None), (2, [1])):
+        away = Away(engine(clients(), client_1=of_rank(rank)), 1, 2)
+        federate(away, plan("florist", rejoin=True, observe="never"), Record(tmp_path / str(rank)))
+        line = lines_of(tmp_path / str(rank))[2]
+        assert line.get("joined") == joined
+    line = lines_of(tmp_path / "4")[2]
+    assert line["refused"][0]["reason"] == "layer 'wide': client 1 has rank 4, the run's largest is 3"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("missed", [1, 2])
+def test_a_client_that_comes_back_after_rounds_away_starts_from_what_the_others_start_from(tmp_path, method, missed):
+    def away(answer, payload):
+        if 2 <= wire.decode(payload).header.get("train_round", 0) < 2 + missed:
+            raise ConnectionError("gone")
+        return answer(payload)
+
+    people = clients()
+    federate(engine(people, client_1=after_the_opening(away)), plan(method, rounds=4), Record(tmp_path))
+    turns = [line["answered"] for line in lines_of(tmp_path) if line["phase"] == "train"]
+    assert turns == [[0, 1, 2], *[[0, 2]] * missed, *[[0, 1, 2]] * (3 - missed)]
+    assert same(people[0].started[4], people[1].started[4])
+
+
+def on_a_new_disk(client, turn):
+    """Takes all that a client kept away before one training round."""
+
+    def change(answer, payload):
+        if wire.decode(payload).header.get("train_round") == turn and turn not in client.started:
+            client.states.clear()
+        return answer(payload)
+
+    return after_the_opening(change)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_a_client_on_a_new_disk_is_sent_everything_afresh_and_the_run_ends_with_the_same_bits(tmp_path, method, turn):
+    people = clients()
+    federate(engine(people, client_1=on_a_new_disk(people[1], turn)), plan(method), Record(tmp_path / "lost"))
+    federate(engine(clients()), plan(method), Record(tmp_path / "whole"))
+    lines = lines_of(tmp_path / "lost")
+    assert all(line["answered"] == line["asked"] for line in lines)
+    assert ending(tmp_path / "lost")[1] == ending(tmp_path / "whole")[1]
+    told = [line["lost"] for line in lines if "lost" in line]
+    measured = len(lines) - 4 and lines[1]["asked"] != []
+    if turn == 1 and not measured:
+        assert told == []  # it had nothing yet
+    else:
+        (own,) = told
+        assert set(own) == {"1"}
+        assert own["1"].startswith("lost its state after round ")
+
+
+def test_what_a_client_kept_at_home_is_named_when_it_is_lost(tmp_path):
+    people = clients()
+    method = Plan(load("fedsa_lora"), rounds=3, clients=[0, 1, 2], seed=4)
+    federate(engine(people, client_1=on_a_new_disk(people[1], 2)), method, Record(tmp_path))
+    assert [line.get("lost") for line in lines_of(tmp_path)] == [
+        None,
+        None,
+        {"1": "lost its state after round 0 and with it its own B, kept at home until now"},
+        None,
+        None,
+    ]
+
+
+def test_a_client_that_lost_what_is_to_be_gathered_is_left_out_of_it(tmp_path):
+    people = clients()
+
+    def change(answer, payload):
+        if wire.decode(payload).header["kind"] == "gather":
+            people[1].states.clear()
+        return answer(payload)
+
+    method = Plan(load("fedsa_lora"), rounds=2, clients=[0, 1, 2], seed=4)
+    federate(engine(people, client_1=after_the_opening(change)), method, Record(tmp_path))
+    line = lines_of(tmp_path)[-1]
+    assert line["answered"] == [0, 2]
+    assert line["refused"] == [{"client": 1, "reason": "lost its state after round 1 and with it its B, which nobody else has"}]
+
+
+def test_a_client_that_says_it_lost_what_it_never_had_is_refused(tmp_path):
+    def change(answer, payload):
+        header = wire.decode(payload).header
+        return wire.encode(wire.Message({**{key: header[key] for key in wire.ECHO}, "lost": "state"}))
+
+    counting = Counting(engine(clients(), client_1=after_the_opening(change)))
+    federate(counting, plan(), Record(tmp_path))
+    lines = lines_of(tmp_path)
+    assert [line["answered"] for line in lines[1:]] == [[0, 2]] * 3
+    assert lines[2]["refused"] == [{"client": 1, "reason": "says its files are gone, which the request did not need"}]
+    assert all("lost" not in line for line in lines)  # it had nothing that the server knows of
+    asked = [sum("1" in call for call in counting.calls), sum("1" in line["bytes_down"] for line in lines)]
+    assert asked == [4, 4]
+
+
+def test_a_client_that_loses_its_state_again_and_again_is_asked_twice_a_round(tmp_path):
+    people, lies = clients(), []
+
+    def change(answer, payload):
+        header = wire.decode(payload).header
+        lies.append(header["round"])
+        if header["round"] < 2:
+            return answer(payload)
+        return wire.encode(wire.Message({**{key: header[key] for key in wire.ECHO}, "lost": "state"}))
+
+    federate(engine(people, client_1=after_the_opening(change)), plan(), Record(tmp_path))
+    lines = lines_of(tmp_path)
+    assert [line["answered"] for line in lines[1:]] == [[0, 1, 2], [0, 2], [0, 2]]
+    assert [set(line.get("lost", {})) for line in lines] == [set(), set(), {"1"}, set()]
+    assert lies == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("said", ["everything", ["state"], {"state": 1}, 3, "state and optimizer of Jane Doe"])
+def test_only_known_words_for_a_loss_are_believed(tmp_path, said):
+    federate(engine(clients(), client_1=after_the_opening(saying(lost=said))), plan(), Record(tmp_path))
+    assert [line["answered"] for line in lines_of(tmp_path)] == [[0, 1, 2]] * 4
+    assert all("lost" not in line for line in lines_of(tmp_path))
+
+
+def test_an_observer_on_a_new_disk_sees_the_same_model(tmp_path):
+    people = clients()
+
+    def forgetful(payload):
+        if wire.decode(payload).header["keep"] == 2:
+            people[OBSERVER].states.clear()
+        return people[OBSERVER].answer(payload)
+
+    answers = {k: client.answer for k, client in people.items()} | {OBSERVER: forgetful}
+    federate(Local(answers), plan("florist merge"), Record(tmp_path / "lost"))
+    federate(engine(clients()), plan("florist merge"), Record(tmp_path / "whole"))
+    scores = [[line["global"] for line in lines_of(tmp_path / name)] for name in ("lost", "whole")]
+    assert scores[0] == scores[1]
+
+
+# Where the server has no test rows
+
+
+def by_clients(people):
+    return Local({k: client.answer for k, client in people.items() if k != OBSERVER})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("observe", ["rounds", "end"])
+def test_clients_score_the_common_model_after_the_last_round_and_hold_it_then(tmp_path, method, observe):
+    people = clients()
+    own = plan(method, observe=observe, observe_by="clients", observe_start=True)
+    result = federate(by_clients(people), own, Record(tmp_path))
+    *before, last = lines_of(tmp_path)
+    assert all(line["global"] is None for line in before)
+    seen = [people[k].states[result.round] for k in range(3)]
+    assert all(same(seen[0], one) for one in seen)
+    loss = sum(float(x.norm()) for x in people[0].weights(*seen[0][:2]).values())
+    assert last["global"] == {"loss": pytest.approx(loss), "rows": 9 + 10 + 11}
+    assert set(last["bytes_down"]) == {"0", "1", "2"}
+    assert result.has == dict.fromkeys(range(3), result.round)
+
+
+def test_the_scores_of_clients_count_by_their_test_rows_and_a_silent_one_is_skipped_and_said(tmp_path):
+    said = {0: {"accuracy": 1.0, "rows": 1}, 1: {"accuracy": 0.5, "rows": 3}, 2: {"accuracy": "x", "rows": 10**400}}
+
+    def change(k):
+        def own(answer, payload):
+            if wire.decode(payload).header["kind"] != "observe":
+                return answer(payload)
+            return failing(answer, payload) if k == 3 else saying(scores=said[k])(answer, payload)
+
+        return after_the_opening(own)
+
+    people = {k: Client(k) for k in range(4)}
+    answers = {k: change(k)(client.answer) for k, client in people.items()}
+    federate(Local(answers), plan(clients=[0, 1, 2, 3], observe_by="clients"), Record(tmp_path))
+    line = lines_of(tmp_path)[-1]
+    assert line["global"] == {"accuracy": 0.625, "rows": 4}
+    assert line["answered"] == [0, 1, 2, 3]
+    (refused,) = line["refused"]
+    assert refused["client"] == 3
+    assert refused["reason"].startswith("scoring the common model: RuntimeError: out of memory")
+
+
+HOSTILE = {
+    "infinite sums": {"accuracy": 1.7e308, "loss": -1.7e308, "rows": 5},
+    "sums of rows without end": {"accuracy_rows": 1.7e308, "accuracy": 1.0, "rows": 5},
+    "rows before the start": {"accuracy": 1.0, "rows": -5},
+    "half a row": {"accuracy": 1.0, "rows": 0.5},
+    "true rows": {"accuracy": 1.0, "rows": True},
+    "rows without end": {"accuracy": 1.0, "rows": 10**13},
+    "no rows": {"accuracy": 1.0},
+    "names without number": {**{f"score {i}": 1.0 for i in range(10**4)}, "rows": 5},
+    "a name without end": {"x" * 10**6: 1.0, "rows": 5},
+}
+
+
+@pytest.mark.parametrize("scores", HOSTILE.values(), ids=HOSTILE)
+def test_the_scores_of_a_client_cannot_hurt_the_run_that_it_scores(tmp_path, scores):
+    def change(answer, payload):
+        kind = wire.decode(payload).header["kind"]
+        return saying(scores=scores)(answer, payload) if kind == "observe" else answer(payload)
+
+    people = clients()
+    answers = {k: (after_the_opening(change) if k != 1 else lambda own: own)(people[k].answer) for k in range(3)}
+    federate(Local(answers), plan(observe_by="clients"), Record(tmp_path))
+    line = lines_of(tmp_path)[-1]
+    assert line["answered"] == [0, 1, 2]
+    assert len(json.dumps(line, allow_nan=False)) < 5000
+    assert 10 <= line["global"]["rows"] <= 20
+    assert math.isfinite(line["global"]["loss"])
+
+
+def test_clients_are_not_asked_to_score_where_nothing_is_to_be_scored(tmp_path):
+    federate(by_clients(clients()), plan(observe="never", observe_by="clients"), Record(tmp_path))
+    assert [line["global"] for line in lines_of(tmp_path)] == [None] * 4
+
+
+@pytest.mark.parametrize("method", ["fedit", "florist merge", "fedsa_lora"])
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_run_scored_by_clients_and_killed_at_any_ask_ends_the_same(tmp_path, method, heard):
+    own = Plan(load(method.partition(" ")[0], **METHODS.get(method, {})), 2, [0, 1, 2], seed=4, observe_by="clients")
+    federate(by_clients(clients()), own, Record(tmp_path / "whole"))
+    for last in range(12 if method != "fedsa_lora" else 15):
+        people, folder = clients(), tmp_path / str(last)
+        with pytest.raises(Killed):
+            federate(Dying(by_clients(people), last, heard), own, Record(folder))
+        federate(by_clients(people), own, Record(folder))
+        assert ending(folder) == ending(tmp_path / "whole")
+
+
+# Preflight
+
+
+EXPECTED = {
+    "versions": {"umbel": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.1", "peft": "0.21.2"},
+    "model": "cd34" * 16,
+    "tokenizer": "ef56" * 16,
+    "chat_template": "0a1b" * 16,
+}
+FACTS = {**EXPECTED, "disk_bytes": 5 * 10**9, "needs_bytes": 3 * 10**6, "memory_bytes": 8 * 10**9, "step_seconds": 0.25}
+
+
+def versions(**changes):
+    return {"versions": {**EXPECTED["versions"], **changes}}
+
+
+MISFITS = {
+    "another model": ({"model": "ab12" * 16}, "client 1: base model sha256 ab12ab12ab12…, server cd34cd34cd34…"),
+    "a model of a hub": ({"model": "hub:tiny@main"}, "client 1: base model sha256 hub:tiny@main, server cd34cd34cd34…"),
+    "another tokenizer": ({"tokenizer": "ab12" * 16}, "client 1: tokenizer sha256 ab12ab12ab12…, server ef56ef56ef56…"),
+    "another chat template": (
+        {"chat_template": "ab12" * 16},
+        "client 1: chat template sha256 ab12ab12ab12…, server 0a1b0a1b0a1b…",
+    ),
+    "no model": ({"model": None}, "client 1: base model sha256 not said, server cd34cd34cd34…"),
+    "another torch": (versions(torch="2.9.0"), "client 1: torch 2.9.0, server 2.13.0+cpu; install the same"),
+    "another umbel": (versions(umbel="0.2.0"), "client 1: umbel 0.2.0, server 0.1.0; install the same"),
+    "another transformers": (versions(transformers="4.57.1"), "client 1: transformers 4.57.1, server 5.23.1; install"),
+    "a peft that is a number": (versions(peft=0.21), "client 1: peft not said, server 0.21.2; install the same"),
+    "versions that are a list": ({"versions": []}, "client 1: umbel not said, server 0.1.0"),
+    "too little disk": ({"disk_bytes": 2 * 10**6}, "client 1: 2.0 MB free on the disk of its state, needed: at least 3.0 MB"),
+    "a hash without end": ({"model": "x" * 10**6}, "client 1: base model sha256 not said, server cd34cd34cd34…"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), MISFITS.values(), ids=MISFITS)
+def test_a_client_that_does_not_pass_the_preflight_is_refused_with_both_values(tmp_path, changes, reason):
+    people = clients()
+    for k in range(3):
+        people[k].facts = dict(FACTS)
+    people[1].facts |= changes
+    federate(engine(people), plan(expected=EXPECTED), Record(tmp_path))
+    first, *later = lines_of(tmp_path)
+    assert [refused["client"] for refused in first["refused"]] == [1]
+    assert first["refused"][0]["reason"].startswith(reason)
+    assert [line["answered"] for line in later] == [[0, 2]] * 3
+    assert set(first["preflight"]) == {"0", "1", "2"}
+    assert len(json.dumps(first["preflight"])) < 3000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        versions(torch="2.13.1"),
+        versions(python="3.12.0"),
+        versions(peft="0.21.9", extra="1.0"),
+        {"disk_bytes": None},
+        {"disk_bytes": -5, "memory_bytes": True, "step_seconds": "soon"},
+        {"memory_bytes": 10**400, "surprise": ["Jane Doe"]},
+    ],
+)
+def test_what_does_not_matter_is_let_pass_and_what_is_no_fact_is_not_recorded(tmp_path, changes):
+    people = clients()
+    for k in range(3):
+        people[k].facts = {**FACTS, **(changes if k == 1 else {})}
+    federate(engine(people), plan(expected=EXPECTED), Record(tmp_path))
+    first = lines_of(tmp_path)[0]
+    assert first["answered"] == [0, 1, 2]
+    assert first["preflight"]["0"] == {**FACTS, "layers": 2}
+    own = first["preflight"]["1"]
+    assert set(own) <= {*FACTS, "layers"}
+    assert set(own["versions"]) == set(EXPECTED["versions"])
+    assert all(type(own[key]) is int and 0 <= own[key] < 2**63 for key in own if key.endswith("bytes"))
+
+
+@pytest.mark.parametrize("facts", [None, 3, "x", [], {}, {"versions": {"umbel": {}}}])
+def test_a_client_that_says_no_facts_is_refused(tmp_path, facts):
+    people = clients()
+    for k in range(3):
+        people[k].facts = FACTS if k != 1 else facts
+    federate(engine(people), plan(expected=EXPECTED), Record(tmp_path))
+    assert lines_of(tmp_path)[0]["refused"] == [
+        {"client": 1, "reason": "client 1: umbel not said, server 0.1.0; install the same minor version on both sides"}
+    ]
+
+
+def test_who_joins_late_passes_the_preflight_too(tmp_path):
+    people = clients()
+    for k in range(3):
+        people[k].facts = dict(FACTS)
+    people[1].facts["model"] = "ab12" * 16
+    away = Away(engine(people), 1, 1)
+    federate(away, plan(expected=EXPECTED, rejoin=True), Record(tmp_path))
+    first, second, *later = lines_of(tmp_path)
+    assert set(first["preflight"]) == {"0", "2"}
+    assert second["preflight"] == {"1": people[1].facts}
+    assert second["refused"][0]["reason"].startswith("client 1: base model sha256 ab12")
+    assert all("preflight" not in line for line in later)
+    assert away.asked == 2
+
+
 # The record
 
 
@@ -695,6 +1176,7 @@ def test_every_line_has_the_fields_that_the_report_reads(tmp_path):
             "steps",
             "loss",
             "rounding",
+            "norm",
             "bytes_down",
             "bytes_up",
             "seconds",
@@ -712,7 +1194,7 @@ def test_every_line_has_the_fields_that_the_report_reads(tmp_path):
             assert line["steps"] == {"0": 4, "1": 4, "2": 4}
             assert line["loss"]["1"] == 1.0 / line["train_round"]
             assert line["local"]["2"] == {"accuracy": 0.5, "loss": 0.7, "rows": 2}
-            assert line["global"]["rows"] == 9
+            assert line["global"]["rows"] == 8
             assert line["seconds"]["fit"] == 0.75
             assert set(line["aggregation_error"]) == set(LAYERS)
             assert line["rank"] == {"wide": 3, "tall": 3}

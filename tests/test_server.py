@@ -194,8 +194,9 @@ def test_a_collector_that_is_stricter_than_the_server_ends_the_round_naming_clie
             return Download(factors=got)
 
     aggregator = Aggregator(Picks(), server())
+    aggregator.add(4, 3, upload(1), {})
     with pytest.raises(ServerError, match="layer 'wide': client 4 sent three rows"):
-        aggregator.add(4, 3, upload(1), {})
+        aggregator.done()
 
 
 @pytest.mark.parametrize("method", ["fedit", "florist", "flora_na", "fed_sb"])
@@ -365,6 +366,30 @@ def test_a_fresh_adapter_depends_on_run_seed_round_and_layer():
     *_, aggregated = next(play(other, load("florist", adopt="merge"), 3))
     seeds.append({layer: download.reset for layer, download in aggregated.downloads.items()})
     assert len({seed["wide"] for seed in seeds}) == 4
+
+
+class Reading(dict):
+    """An upload that notes which of its layers are read, and when."""
+
+    def __init__(self, factors, told):
+        super().__init__(factors)
+        self.told = told
+
+    def __getitem__(self, layer):
+        self.told.append(layer)
+        return super().__getitem__(layer)
+
+
+@pytest.mark.parametrize(("method", "reads"), [("fedit", 2), ("florist", 2), ("flora_na", 2)])
+def test_uploads_are_read_one_layer_of_all_clients_after_the_other(method, reads):
+    """Once for the method, once for the error; however often the method looks at what was collected of one layer."""
+    aggregator, told = Aggregator(load(method), server()), []
+    for client in range(3):
+        factors = upload(client)
+        aggregator.fold(client, 1, Reading(factors, told), {}, aggregator.check(client, 1, factors, {}))
+    assert told == []
+    aggregator.done()
+    assert told == [layer for _ in range(reads) for layer in SHAPES for _ in range(3)]
 
 
 # Who was away

@@ -162,7 +162,7 @@ def serve(grid: Grid, table: dict[str, Any], folder: Path, nodes: Nodes, listen:
     from umbel.run import Network, run
 
     def engine(job: Mapping[str, Any], deadline: float) -> Flower:
-        return Flower(grid, nodes.connected, job, deadline)
+        return Flower(grid, nodes.connected, lambda: set(nodes.clients or ()), job, deadline)
 
     run(table, folder, listen, network=Network(nodes.clients, engine))
 

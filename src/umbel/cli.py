@@ -168,6 +168,26 @@ def stop(folder: JobFolder) -> None:
 
 
 @app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="The TOML file of a run, e.g. examples/quickstart.toml.")],
+    link: Annotated[str, typer.Option(metavar="SPEED", help="A site's connection, e.g. 20Mbit or 10MB/s.")] = "",
+    clients: Annotated[int | None, typer.Option(min=1, metavar="N", help="In place of split.clients.")] = None,
+    assignments: SetFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a run will send and need, by method, before anything starts; reads no weights."""
+    with _errors():
+        from umbel import config, planning, report
+
+        _find_own_modules()
+        told = planning.plan(config.read(file, assignments), clients, link)
+        if as_json:
+            typer.echo(json.dumps(told))
+        else:
+            _console().print(report.forecast_table(told))
+
+
+@app.command()
 def compare(
     file: Annotated[Path, typer.Argument(help="A TOML file with [compare], e.g. examples/compare.toml.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<file's name> if not given.")] = None,
@@ -440,6 +460,9 @@ class _Drawing:
             self.progress.update(self.job, description=event["text"])
         elif kind == "note":
             self.console.print(event["text"], markup=False, highlight=False)
+        elif kind == "refused":
+            text = f"round {event['round']}: left out client {event['client']}: {event['reason']}"
+            self.console.print(text, markup=False, highlight=False)
         elif kind == "split":
             self.console.print(_split_table(event["manifest"]))
         elif kind == "member":

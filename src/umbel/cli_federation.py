@@ -145,7 +145,7 @@ def make_key(out: Annotated[Path, typer.Option(help="The folder that gets site.k
     with _told():
         from umbel import kit
 
-        typer.echo(f"{kit.fingerprint(kit.make_key(out))}")
+        typer.echo(kit.make_key(out))
         typer.echo(
             f"Send {out / 'site.pub'} to the operator, and the line above by another way; {out / 'site.key'} stays here."
         )
@@ -159,6 +159,13 @@ def _told() -> Iterator[None]:
     """Turns what the user can do something about into one line and an exit code; anything else is a bug."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name != "cryptography":
+            raise
+        typer.echo(
+            "umbel: cryptography is missing; install umbel with its federation extra: pip install 'umbel[federation]'", err=True
+        )
+        raise typer.Exit(FAILED) from None
     except Exception as error:
         kind = type(error).__name__
         if kind not in ("KitError", "DeploymentError", "Unreachable", "ApiError") and not isinstance(error, OSError):

@@ -215,8 +215,9 @@ class Server:
 
     Args:
         clients_per_round: Clients asked in each round, drawn by the seed; 0 asks all.
-        aggregation_error: Measure ‖ΔW_sent − Σ p_k ΔW_k‖ each round. Needs every upload until the round's end, also for
-            methods that could do with a running mean.
+        aggregation_error: Measure ‖ΔW_sent − Σ p_k ΔW_k‖ each round. Reads every upload once more, and takes a decomposition
+            per layer.
+        norm_limit: Refuse an upload whose ‖ΔW‖ is more than so many times the median of its round; 0 refuses none.
         min_clients: Uploads without which a round is not committed: the run stops, and `umbel run --resume` goes on with it.
             0 is half of the clients asked, rounded up.
         round_deadline: Seconds that clients of a network have for one answer. Those of this process are waited for.
@@ -225,6 +226,7 @@ class Server:
 
     clients_per_round: int = 0
     aggregation_error: bool = True
+    norm_limit: float = 100.0
     min_clients: int = 0
     round_deadline: float = 3600.0
     late: Literal["drop"] = "drop"
@@ -355,6 +357,7 @@ LEAST = {
     "training.max_grad_norm": 0,
     "server.clients_per_round": 0,
     "server.min_clients": 0,
+    "server.norm_limit": 0,
 }
 """What a number must not be below."""
 
@@ -396,6 +399,10 @@ def check(config: Config) -> Config:
             0 < config.split.clients < config.server.clients_per_round,
             f"server.clients_per_round: got {config.server.clients_per_round}, allowed: at most split.clients = "
             f"{config.split.clients}",
+        ),
+        (
+            0 < config.server.norm_limit < 1,
+            f"server.norm_limit: got {config.server.norm_limit}, allowed: 1 or more, or 0 to refuse none",
         ),
         (
             0 < (config.server.clients_per_round or config.split.clients) < config.server.min_clients,

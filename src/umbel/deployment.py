@@ -71,7 +71,7 @@ def start_server(folder: Path, say: Say = print) -> None:
     federation = kit.read(folder)
     nginx = _nginx()
     _check_server(federation, say)
-    with _locked(federation.folder, wait=STOP_SECONDS) as lock, _Children(federation.folder, lock) as children, _stopping():
+    with _locked(federation.folder) as lock, _Children(federation.folder, lock) as children, _stopping():
         address = _superlink_address(federation)
         kit.write_flower_config(federation, address)
         children.start("superlink", _superlink_command(federation, address), federation.env)
@@ -84,7 +84,7 @@ def start_server(folder: Path, say: Say = print) -> None:
         kit.write_file(federation.folder / "proxy" / "nginx.conf", configuration, 0o600)
         command = [nginx, "-p", str(federation.folder / "proxy"), "-c", "nginx.conf", "-e", "stderr"]
         children.start("proxy", command, federation.env)
-        children.wait_for(lambda: _listens(federation.port), f"the TLS proxy does not listen on port {federation.port}")
+        children.wait_for(lambda: _shows_certificate(federation), f"no TLS proxy of ours listens on port {federation.port}")
         say(f"ready: {federation.server}, {_active(federation)} sites")
         while True:
             children.check()
@@ -118,7 +118,7 @@ def sync(federation: Federation) -> list[str]:
 def running(federation: Federation) -> bool:
     """Whether `umbel server start` runs on this machine for this folder."""
     try:
-        with _locked(federation.folder):
+        with _owned(federation.folder):
             return False
     except DeploymentError:
         return True
@@ -278,10 +278,21 @@ def free_port() -> int:
         return tried.getsockname()[1]
 
 
-def _listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
-        return True
+def _shows_certificate(federation: Federation) -> bool:
+    """Whether it is our proxy that listens on the port, and not somebody else's server."""
+    own = kit.read_certificate(federation.folder / "server.crt")
+    with contextlib.suppress(OSError):
+        return _shown_certificate(f"127.0.0.1:{federation.port}", proxied=False) == own
     return False
+
+
+def _shown_certificate(server: str, proxied: bool) -> kit.x509.Certificate:
+    """Returns the certificate that a server shows, whoever signed it."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.closing(superlink.connection(server, context, proxied, 10)) as link:
+        link.connect()
+        return kit.x509.load_der_x509_certificate(link.sock.getpeercert(True) or b"")
 
 
 def _has_ipv6() -> bool:
@@ -311,7 +322,7 @@ def start_site(folder: Path, say: Say = print, **options: str) -> None:
     """
     folder = folder.resolve()
     kit.read_site(folder)
-    with _locked(folder, wait=STOP_SECONDS) as lock, _Children(folder, lock) as children, _stopping():
+    with _locked(folder) as lock, _Children(folder, lock) as children, _stopping():
         # The working directory is this start's; the next one may have another.
         options = {key: kit.placed(key, value, Path.cwd()) for key, value in options.items()}
         for key, value in options.items():
@@ -462,11 +473,7 @@ def _watch(child: "_Child", fleet: superlink.Fleet, config: SiteConfig, folder: 
 
 
 def _bad_certificate(error: ssl.SSLCertVerificationError, server: str, folder: Path) -> str:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with contextlib.closing(superlink.connection(server, context, True, 10)) as link:
-        link.connect()
-        shown = kit.x509.load_der_x509_certificate(link.sock.getpeercert(True) or b"")
+    shown = _shown_certificate(server, proxied=True)
     if error.verify_code in (62, 64):
         name = shown.subject.rfc4514_string()
         return f"{server}: the server's certificate is for {name}, not for this address; operator: `umbel kit renew --server`"
@@ -530,6 +537,9 @@ class _Child:
         assert self.process.stdout is not None
         for raw in self.process.stdout:
             line = re.sub(r"\x1b\[[0-9;]*m", "", raw.decode(errors="replace")).rstrip()
+            # A site's question whether it is let in, which SuperLink logs as an error, once a minute and site.
+            if "[ApiError:2003]" in line:
+                continue
             self.last.append(line)
             if found := re.search(r"SuperNode ID: (\d+)", line):
                 self.node_id = int(found[1])
@@ -591,17 +601,31 @@ class _Children:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: float = 0) -> Iterator[int]:
-    """Holds a folder for one process and its children, yielding the lock's descriptor; waits a while for dying ones."""
-    end = time.monotonic() + wait
-    with (folder / ".lock").open("w") as handle:
+def _owned(folder: Path) -> Iterator[None]:
+    """Holds a folder for one `umbel`; DeploymentError where another has it. A killed one lets go by itself."""
+    with (folder / ".owner").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeploymentError(f"{folder} is running already; stop that process first") from None
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Holds a folder for one `umbel` and its children, yielding the descriptor that they share.
+
+    Those of a killed one take a moment to end; they are waited for.
+    """
+    with _owned(folder), (folder / ".lock").open("w") as handle:
+        end = time.monotonic() + STOP_SECONDS
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise DeploymentError(f"{folder} is running already; stop that process first") from None
+                    raise DeploymentError(f"{folder}: processes of a killed start do not end; end them by hand") from None
                 time.sleep(0.1)
         yield handle.fileno()
 

@@ -2,11 +2,14 @@
 
 import math
 import random
+import shutil
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from umbel import algebra, preflight, wire
@@ -27,6 +30,14 @@ MOST_LOST_BYTES = 4096
 
 LOST = {"state": "its state", "state and optimizer": "its state and that of its optimizer"}
 """What a client may say that it has lost, and how the record says it."""
+
+MOST_SCORES, MOST_NAME = 50, 50
+"""Scores that a client may report of one model, and the length of a score's name."""
+UPLOADS = "uploads"
+"""The folder under the record's where a round's uploads wait until all are there."""
+
+FEWEST_FOR_MEDIAN = 3
+"""Of uploads; among fewer, the median cannot tell which of them is out of line."""
 
 STAGES = ("fit", "evaluate", "adapter", "wire", "server", "record")
 
@@ -54,6 +65,7 @@ class Plan:
             the clients asked, rounded up: a result of fewer would speak for a minority, and two clients may lose one.
         rejoin: Clients that were not there at the opening are asked again before each training round.
         expected: Facts of the server that clients must share, as `umbel.preflight.mismatch` compares them; None asks for none.
+        norm_limit: Refuse an upload whose ΔW has more than so many times the median norm of the round's; 0 refuses none.
     """
 
     method: Method
@@ -81,6 +93,8 @@ class Plan:
         """
         return min(self.min_clients or math.ceil(asked / 2), asked)
 
+    norm_limit: float = 100.0
+
 
 @dataclass
 class _Heard:
@@ -94,6 +108,7 @@ class _Heard:
     replies: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     bytes_down: dict[str, int] = field(default_factory=dict[str, int])
     bytes_up: dict[str, int] = field(default_factory=dict[str, int])
+    norms: dict[int, float] = field(default_factory=dict[int, float])
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     joined: list[int] = field(default_factory=list[int])
     lost: dict[str, str] = field(default_factory=dict[str, str])
@@ -127,15 +142,17 @@ class _Heard:
         for key, asked in self.echo(client).items():
             got = header.get(key)
             if type(got) is not type(asked) or got != asked:
-                what = (
-                    f"{got!r:.80}, asked was {asked!r:.80}"
-                    if key == "kind"
-                    else f"{key} {got!r:.80}, asked was {key} {asked!r:.80}"
-                )
-                raise Refused(f"client {client} answered for {what}")
+                raise Refused(f"client {client} answered for {key} {got!r:.80}, asked was {key} {asked!r:.80}")
 
     def refuse(self, client: int, reason: str) -> None:
         self.refused.append({"client": client, "reason": reason[:1000]})
+
+    def arrange(self, asked: list[int]) -> None:
+        """Puts all in the order of asking, so that nothing depends on who was faster."""
+        place = {client: i for i, client in enumerate(asked)}
+        self.refused.sort(key=lambda refused: (place.get(refused["client"], len(asked)), refused["client"]))
+        self.replies = {client: self.replies[client] for client in asked if client in self.replies}
+        self.bytes_up = {str(client): self.bytes_up[str(client)] for client in asked if str(client) in self.bytes_up}
 
     def reasons(self) -> str:
         return "; ".join(f"client {refused['client']}: {refused['reason']}" for refused in self.refused)
@@ -150,7 +167,8 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
         engine: Reaches the clients (and the observer, unless `plan.observe` is "never").
         plan: What to run.
         record: Where to write it.
-        progress: Called with `{"round", "rounds", "phase", "client", "clients"}` as clients answer.
+        progress: Called with `{"round", "rounds", "phase", "client", "clients"}` as clients answer, and with `{"event":
+            "refused", "round", "client", "reason"}` for each that was left out.
 
     Returns:
         The server, with the result in `model()` and `plain`.
@@ -170,6 +188,8 @@ def federate(engine: Engine, plan: Plan, record: Record, progress: Progress = la
         plain = {name: tuple(shape) for name, shape in header["plain"].items()}
         server, rows = Server(layers, plan.seed, plan.dtype, plain), {int(k): n for k, n in header["rows"].items()}
         server.restore(header, tensors)
+    # Of a round that a kill ended; its clients are asked again.
+    shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
     committing = 0.0
     for index in range(server.round, len(phases)):
         committing = _round(engine, plan, record, server, rows, barred, phases, index, progress, committing)
@@ -232,6 +252,8 @@ def _ask_to_open(engine: Engine, plan: Plan, clients: list[int], heard: _Heard) 
                     raise Refused(f"client {client}: {wrong}")
             rows[client] = _rows(client, message.header)
             said[client] = _schema(client, message.header, plan.most_rank)
+            if plan.expected is not None:
+                heard.facts[str(client)]["layers"] = len(_ranks(said[client]))
         except Refused as error:
             heard.refuse(client, str(error))
     return rows, said
@@ -349,6 +371,7 @@ def _round(
         asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
     heard.seconds["record"] = committing
     if phase.sends:
+        (record.folder / UPLOADS).mkdir()
         aggregator = Aggregator(phase, server, plan.measure_error)
         total = sum(rows[client] for client in asked)
 
@@ -356,12 +379,16 @@ def _round(
             share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
             return _request(server, phase, heard.echo(client), train_round, plan, share)
 
-        for reply in _in_order(_ask(engine, server, phase, asked, request, heard), asked):
-            _fold(reply, aggregator, heard, rows[reply.client])
+        uploads: dict[int, _Upload] = {}
+        for reply in _once_each(_ask(engine, server, phase, asked, request, heard, aggregator.most_bytes()), asked, heard):
+            upload = _admit(reply, aggregator, heard, rows[reply.client], record.folder / UPLOADS)
+            uploads |= {} if upload is None else {reply.client: upload}
             progress(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
                 | {"client": reply.client, "answered": len(heard.replies)}
             )
+        _fold({client: uploads[client] for client in asked if client in uploads}, aggregator, heard, plan.norm_limit)
+        heard.arrange(asked)
         _check_quorum(plan, f"round {index + 1}", asked, heard)
     else:
         # A phase that sends nothing (Fed-SB's random start) is the server's alone.
@@ -378,6 +405,8 @@ def _round(
         server.took(client)
     server.settle(aggregated)
     heard.seconds["server"] += time.perf_counter() - started
+    for refused in heard.refused:
+        progress({"event": "refused", "round": max(1, train_round), **refused})
     last = index + 1 == len(phases)
     scores = None
     # Where a part of the model stays with the clients, there is a common model only in the end.
@@ -387,7 +416,9 @@ def _round(
         scores = _observe(engine, plan, server, last, heard)
     counted = train_round if _kind(phase) != "measure" else 0
     line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
-    return _commit(record, server, rows, line)
+    seconds = _commit(record, server, rows, line)
+    shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
+    return seconds
 
 
 def _kind(phase: Method) -> str:
@@ -433,13 +464,15 @@ def _request(server: Server, phase: Method, echo: Mapping[str, Any], train_round
     return wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)), server.dtype)
 
 
-def _counted(asked: Iterable[int], request: Callable[[int], bytes], heard: _Heard) -> Iterator[Ask]:
+def _counted(
+    asked: Iterable[int], request: Callable[[int], bytes], heard: _Heard, most_bytes: int = MOST_OPENING_BYTES
+) -> Iterator[Ask]:
     for client in asked:
         started = time.perf_counter()
         payload = request(client)
         heard.seconds["wire"] += time.perf_counter() - started
         heard.bytes_down[str(client)] = heard.bytes_down.get(str(client), 0) + len(payload)
-        yield Ask(client, payload)
+        yield Ask(client, payload, most_bytes)
 
 
 def _ask(
@@ -449,19 +482,20 @@ def _ask(
     asked: list[int],
     request: Callable[[int], bytes],
     heard: _Heard,
+    most_bytes: int = MOST_OPENING_BYTES,
 ) -> Iterator[Reply]:
     """Asks clients; one whose files are gone is sent everything afresh in the same round, if it can answer then.
 
     Where nothing is kept at home, it ends with the bits that it would have had. What it alone had is gone, as the record says.
     """
     again: list[int] = []
-    for reply in engine.ask(_counted(asked, request, heard)):
+    for reply in engine.ask(_counted(asked, request, heard, most_bytes)):
         client = reply.client
         if client in again:
             continue
         lost = _lost(reply) if client in asked and client in server.has else None
         if lost is None:
-            yield reply
+            yield _needing_nothing(reply)
             continue
         assert reply.payload is not None
         heard.bytes_up[str(client)] = len(reply.payload)
@@ -470,7 +504,7 @@ def _ask(
         if phase and phase.keeps:
             own = f" and with it its own {' and '.join(phase.keeps)}, kept at home until now"
         heard.lost[str(client)] = f"lost {lost} after round {server.has[client]}{own}"
-        # Its rank, too, begins as it was at the opening, which is at most the largest.
+        # It cuts what it is sent to its own rank.
         del server.has[client]
         server.ranks.pop(client, None)
         if gathers:
@@ -478,7 +512,14 @@ def _ask(
         else:
             again.append(client)
     if again:
-        yield from engine.ask(_counted(again, request, heard))
+        yield from map(_needing_nothing, engine.ask(_counted(again, request, heard, most_bytes)))
+
+
+def _needing_nothing(reply: Reply) -> Reply:
+    """Returns the reply, or why it is none where it speaks of a loss although the request needed nothing that was kept."""
+    if _lost(reply) is None:
+        return reply
+    return Reply(reply.client, None, "says its files are gone, which the request did not need")
 
 
 def _lost(reply: Reply) -> str | None:
@@ -505,7 +546,27 @@ def _in_order(replies: Iterable[Reply], asked: list[int]) -> Iterator[Reply]:
         yield waiting.get(client, Reply(client, None, "no reply"))
 
 
-def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> wire.Message | None:
+def _once_each(replies: Iterable[Reply], asked: list[int], heard: _Heard) -> Iterator[Reply]:
+    """Yields the first reply of everybody who was asked, as it arrives, then the silent ones; others are noted as refusals."""
+    answered, strange = set[int](), set[tuple[int, str]]()
+    for reply in replies:
+        if reply.client in asked and reply.client not in answered:
+            answered.add(reply.client)
+            yield reply
+            continue
+        known = reply.client in asked
+        reason = "answered more than once; its first answer counts" if known else "was not asked in this round"
+        if (reply.client, reason) not in strange:
+            strange.add((reply.client, reason))
+            heard.refuse(reply.client, f"client {reply.client} {reason}")
+    for client in asked:
+        if client not in answered:
+            yield Reply(client, None, "no reply")
+
+
+def _read(
+    reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES, most_header: int = wire.MAX_HEADER_BYTES
+) -> wire.Message | None:
     """Decodes a reply and notes its header; a failure is noted as a refusal."""
     if reply.payload is None:
         heard.refuse(reply.client, reply.reason)
@@ -513,7 +574,7 @@ def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> 
     started = time.perf_counter()
     heard.bytes_up[str(reply.client)] = heard.bytes_up.get(str(reply.client), 0) + len(reply.payload)
     try:
-        message = wire.decode(reply.payload, most_bytes)
+        message = wire.decode(reply.payload, most_bytes, most_header)
         heard.check_echo(reply.client, message.header)
     except (wire.WireError, Refused) as error:
         heard.refuse(reply.client, str(error))
@@ -524,21 +585,72 @@ def _read(reply: Reply, heard: _Heard, most_bytes: int = MOST_OPENING_BYTES) -> 
     return message
 
 
-def _fold(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int) -> None:
-    """Folds one reply in, or notes why not; `known` is how many rows the client said it has when the run was opened."""
-    message = _read(reply, heard, aggregator.most_bytes())
-    if message is None:
-        return
+@dataclass(frozen=True)
+class _Upload:
+    """An upload that was checked and waits in its file for the others: n_k, its rank per layer, ‖ΔW_k‖_F."""
+
+    weight: int
+    factors: wire.Spooled
+    ranks: dict[str, int]
+    norm: float
+
+
+def _admit(reply: Reply, aggregator: Aggregator, heard: _Heard, known: int, folder: Path) -> _Upload | None:
+    """Checks one reply by itself and puts it into a file, or notes why not.
+
+    Args:
+        reply: As it arrived.
+        aggregator: Of this round.
+        heard: Where refusals are noted.
+        known: How many rows the client said it has when the run was opened.
+        folder: Of the round's uploads.
+    """
+    message = _read(reply, heard, aggregator.most_bytes(), aggregator.most_header())
+    if message is None or reply.payload is None:
+        return None
     started = time.perf_counter()
+    client, trains = reply.client, bool(aggregator.phase.trains)
     try:
         factors = wire.unpack_factors(message.tensors)
-        weight = _rows(reply.client, message.header)
-        if weight > known or (aggregator.phase.trains and weight != known):
-            raise Refused(f"client {reply.client} says it has {weight} rows, at the opening it had {known}")
-        aggregator.add(reply.client, weight, factors, wire.unpack_plain(message.tensors))
-        heard.answered.append(reply.client)
+        weight = _rows(client, message.header)
+        if weight > known or (trains and weight != known):
+            raise Refused(f"client {client} says it has {weight} rows, at the opening it had {known}")
+        if trains:
+            _check_steps(client, message.header)
+        ranks = aggregator.check(client, weight, factors, wire.unpack_plain(message.tensors))
+        aggregator.check_trained(client, factors)
+        norm = aggregator.norm(client, factors)
+        return _Upload(weight, wire.Spooled(reply.payload, folder / f"{client}.safetensors"), ranks, norm)
     except (Refused, wire.WireError) as error:
-        heard.refuse(reply.client, str(error))
+        heard.refuse(client, str(error))
+        return None
+    finally:
+        heard.seconds["server"] += time.perf_counter() - started
+
+
+def _check_steps(client: int, header: Mapping[str, Any]) -> None:
+    steps = header.get("steps")
+    if type(steps) is not int or not 1 <= steps < 2**63:
+        raise Refused(f"client {client} says it took {steps!r:.80} training steps, allowed: 1 or more")
+
+
+def _fold(uploads: Mapping[int, _Upload], aggregator: Aggregator, heard: _Heard, norm_limit: float) -> None:
+    """Folds the round's uploads in, in the order given, except those whose norm is out of line."""
+    started = time.perf_counter()
+    norms = [upload.norm for upload in uploads.values()]
+    # The lower of the two in the middle: what is too large must not move the measure.
+    median = statistics.median_low(norms) if len(norms) >= FEWEST_FOR_MEDIAN else 0.0
+    for client, upload in uploads.items():
+        heard.norms[client] = upload.norm
+        if norm_limit and median and upload.norm > norm_limit * median:
+            heard.refuse(
+                client,
+                f"client {client}: its ΔW has norm {upload.norm:.4g}, allowed: {norm_limit:g} (server.norm_limit) times "
+                f"{median:.4g}, the median of the round's {len(norms)} uploads",
+            )
+            continue
+        aggregator.fold(client, upload.weight, upload.factors, upload.factors.plain(), upload.ranks)
+        heard.answered.append(client)
     heard.seconds["server"] += time.perf_counter() - started
 
 
@@ -575,9 +687,10 @@ def _observe_by_clients(engine: Engine, plan: Plan, server: Server, clients: lis
         if message is None:
             continue
         server.took(reply.client)
-        scores = _scores(message.header.get("scores")) or {}
-        rows = scores.get("rows", 0)
-        if type(rows) is int and 1 <= rows <= MOST_ROWS:
+        said = _scores(message.header.get("scores")) or {}
+        # Within what sums can take.
+        scores = {name: x for name, x in said.items() if abs(x) <= MOST_ROWS}
+        if type(scores.get("rows")) is int and scores["rows"] >= 1:
             scored.append(scores)
     seen.refused = [{**own, "reason": f"scoring the common model: {own['reason']}"[:1000]} for own in seen.refused]
     heard.add(seen)
@@ -621,9 +734,10 @@ def _number(value: Any) -> float | None:
 
 
 def _scores(value: Any) -> dict[str, float] | None:
-    """Returns the entries that are numbers, None where there are none."""
+    """Returns the entries that are numbers, not more than a client can honestly have, None where there are none."""
     entries = value.items() if isinstance(value, dict) else ()
-    return {key: x for key, x in entries if key.isascii() and _is_number(x)} or None
+    found = {key: x for key, x in entries if key.isascii() and len(key) <= MOST_NAME and _is_number(x)}
+    return dict(list(found.items())[:MOST_SCORES]) or None
 
 
 def _line(
@@ -656,6 +770,7 @@ def _line(
         "steps": said("steps"),
         "loss": said("loss"),
         "rounding": said("rounding"),
+        "norm": {str(client): norm for client, norm in heard.norms.items()},
         "bytes_down": heard.bytes_down,
         "bytes_up": heard.bytes_up,
         "seconds": {**{k: round(v, 4) for k, v in heard.seconds.items()}, "total": time.perf_counter() - began},

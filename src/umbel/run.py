@@ -446,6 +446,7 @@ def _plan(member: Member) -> Plan:
         score_clients=member.role == "method",
         most_rank=max([config.lora.rank, *config.lora.rank_pattern.values()]),
         min_clients=least,
+        norm_limit=config.server.norm_limit,
     )
 
 

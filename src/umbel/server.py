@@ -1,7 +1,7 @@
 """The server's arithmetic: what all clients hold, what each is owed, and one round's folding. Knows no transport."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from umbel import algebra, method, wire
-from umbel.method import Download, Factors, Mean, Method, MethodError, Stack
+from umbel.method import Collector, Download, Factors, Mean, Method, MethodError, Stack
 
 OBSERVER = -1
 """The number of the client that only scores the common model on all test rows; its bytes are not counted."""
@@ -213,14 +213,39 @@ class Server:
         self.owed = {int(has): wire.unpack(packed, under(f"owed/{has}/")) for has, packed in header["owed"].items()}
 
 
+class _Lazily(Mapping[str, Any]):
+    """Per layer what the collector's `done` gives, made from the uploads when it is asked for; the last one is kept."""
+
+    def __init__(self, layers: list[str], make: Callable[[str], Any]) -> None:
+        self._layers, self._make = layers, make
+        self._last: tuple[str, Any] | None = None
+
+    def __getitem__(self, layer: str) -> Any:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        if self._last is None or self._last[0] != layer:
+            self._last = None  # two layers at a time would be one too many
+            self._last = layer, self._make(layer)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 @dataclass
 class Aggregator:
-    """One round: fold uploads in the order of asking, then combine.
+    """One round: take uploads in the order of asking, then combine them, one layer at a time.
+
+    What is taken is kept until `done` as it was given. Where that is in files (`wire.Spooled`), memory does not grow with the
+    number of clients, except by what a method makes of one layer of all of them.
 
     Args:
         phase: The method, or its measuring phase.
         server: What is held in common; read, not changed.
-        measure_error: Keep every upload's product for the aggregation error.
+        measure_error: Measure the aggregation error, for which every upload is read once more.
     """
 
     phase: Method
@@ -229,19 +254,55 @@ class Aggregator:
     folded: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
-        self._collectors = {layer: self.phase.collect() for layer in self.server.layers}
+        self._uploads: list[tuple[int, float, Mapping[str, Factors]]] = []
         self._plain = Mean()
         self._plain_shapes = {name: tuple(x.shape) for name, x in self.server.plain.items()} or None
         self._ranks: dict[int, dict[str, int]] = {}
         # ΔW is linear in a factor that is sent alone, so its mean gives Σ p_k ΔW_k; with two, every product is needed.
         self._alone = len(self.phase.sends) == 1
-        ideal = Mean if self._alone else Stack
         # A measurement has no update whose aggregate could be wrong; neither have clients that keep a part of theirs.
-        measured = self.measure_error and self.phase.trains and not self.phase.keeps
-        self._ideal = {layer: ideal() for layer in self.server.layers} if measured else None
+        self._measured = self.measure_error and self.phase.trains and not self.phase.keeps
 
     def add(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
-        """Checks one client's upload whole, then folds it in.
+        """Checks one client's upload whole, then takes it; the arguments are those of `check`.
+
+        Raises:
+            Refused: The upload does not fit; nothing of it was taken.
+        """
+        self.fold(client, weight, factors, plain, self.check(client, weight, factors, plain))
+
+    def fold(
+        self,
+        client: int,
+        weight: float,
+        factors: Mapping[str, Factors],
+        plain: Mapping[str, Tensor],
+        ranks: Mapping[str, int],
+    ) -> None:
+        """Takes an upload that was checked; `factors` are read when the round is done, `ranks` is what `check` said."""
+        self._uploads.append((client, weight, factors))
+        if ranks:
+            self._ranks[client] = dict(ranks)
+        if plain:
+            self._plain.add(dict(plain), weight)
+        self._plain_shapes = {name: tuple(x.shape) for name, x in plain.items()}
+        self.folded.append(client)
+
+    def most_bytes(self) -> int:
+        """Returns how long an honest upload can be: every factor at its largest, and its header."""
+        numbers = sum(math.prod(shape) for shape in (self.server.plain_shapes or {}).values())
+        for shape in self.server.layers.values():
+            sizes = {"A": shape.rank * shape.d_in, "B": shape.rank * shape.d_out, "R": shape.rank**2}
+            sizes["G"] = shape.d_in * shape.d_out
+            numbers += sum(sizes.get(name, 0) for name in self.phase.sends)
+        return 4 * numbers + self.most_header()
+
+    def most_header(self) -> int:
+        """Returns how long its header can be: a mebibyte, and 400 bytes for the names and shapes of each layer."""
+        return 2**20 + 400 * len(self.server.layers)
+
+    def check(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> dict[str, int]:
+        """Checks that one client's upload fits: layers, names, shapes, ranks, numbers.
 
         Args:
             client: Its number.
@@ -249,35 +310,12 @@ class Aggregator:
             factors: Per layer what the phase `sends`.
             plain: Parameters that are not factors.
 
+        Returns:
+            Per layer the rank of the upload, where it has one.
+
         Raises:
-            Refused: The upload does not fit; nothing of it was folded.
-            ServerError: The method's own collector does not take it.
+            Refused: It does not fit.
         """
-        self._check(client, weight, factors, plain)
-        for layer, own in factors.items():
-            try:
-                self._collectors[layer].add(own, weight)
-            except MethodError as error:
-                # A collector of somebody's own that is stricter than our checks; other layers may be folded already.
-                raise ServerError(f"layer {layer!r}: client {client} {error}") from error
-            if self._ideal is not None:
-                self._ideal[layer].add({name: x.double() for name, x in own.items()} if self._alone else own, weight)
-            if "A" in own or "B" in own:
-                self._ranks.setdefault(client, {})[layer] = own["A"].shape[0] if "A" in own else own["B"].shape[1]
-        if plain:
-            self._plain.add(dict(plain), weight)
-        self.folded.append(client)
-
-    def most_bytes(self) -> int:
-        """Returns how long an honest upload can be: every factor at its largest, and a mebibyte for names and header."""
-        numbers = sum(math.prod(shape) for shape in (self.server.plain_shapes or {}).values())
-        for shape in self.server.layers.values():
-            sizes = {"A": shape.rank * shape.d_in, "B": shape.rank * shape.d_out, "R": shape.rank**2}
-            sizes["G"] = shape.d_in * shape.d_out
-            numbers += sum(sizes.get(name, 0) for name in self.phase.sends)
-        return 4 * numbers + 2**20 + 400 * len(self.server.layers)
-
-    def _check(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
         if not 0 < weight <= MOST_ROWS:
             raise Refused(f"client {client} says it has {weight} rows, allowed: more than 0, at most {MOST_ROWS:.0e}")
         sends = set(self.phase.sends)
@@ -299,7 +337,53 @@ class Aggregator:
                 raise Refused(f"parameter {name!r}: client {client} sent {_UNSOUND}")
         if (known is not None and sent != known) if self._sends_plain() else sent:
             raise Refused(f"client {client}: parameters that are not factors differ from the others' in name or shape")
-        self._plain_shapes = sent
+        paired = {layer: own for layer, own in factors.items() if "A" in own or "B" in own}
+        return {layer: own["A"].shape[0] if "A" in own else own["B"].shape[1] for layer, own in paired.items()}
+
+    def check_trained(self, client: int, factors: Mapping[str, Factors]) -> None:
+        """Checks that a client has trained, where the phase trains; `factors` passed `check`.
+
+        Raises:
+            Refused: It sent what it was sent, up to the last bit that its own scale may cost; or a pair whose product is zero.
+        """
+        trained = [name for name in self.phase.sends if name in self.phase.trains]
+        if trained and all(self._is_held(layer, name, own[name]) for layer, own in factors.items() for name in trained):
+            raise Refused(f"client {client} sent back the factors that it was sent: it has not trained")
+        if (
+            {"A", "B"} <= set(self.phase.trains)
+            and "B" in trained
+            and not any(bool(own["B"].any()) for own in factors.values())
+        ):
+            raise Refused(f"client {client} sent B = 0 in every layer, so its update is zero: it has not trained")
+
+    def _is_held(self, layer: str, name: str, x: Tensor) -> bool:
+        # A fresh adapter was drawn by both sides and never rounded.
+        was = wire.rounded(self.server.held[layer][name], self.server.dtype, name)
+        if name in ("A", "B"):
+            # A client of another rank was sent the first directions, or filled up with a B of zeros.
+            axis = 0 if name == "A" else 1
+            common = min(x.shape[axis], was.shape[axis])
+            if name == "B" and bool(x[:, common:].any()):
+                return False
+            x, was = x.narrow(axis, 0, common), was.narrow(axis, 0, common)
+        return bool(((x - was).abs() <= 2.0**-22 * was.abs()).all())
+
+    def norm(self, client: int, factors: Mapping[str, Factors]) -> float:
+        """Returns ‖ΔW‖_F of a client's adapter over all layers, from Gram matrices of its factors; they passed `check`.
+
+        Where the server does not know ΔW, because a factor stays at the client or a gradient was sent, it is the norm of what
+        was sent.
+        """
+        return math.sqrt(sum(self._square(client, layer, own) for layer, own in factors.items()))
+
+    def _square(self, client: int, layer: str, own: Factors) -> float:
+        if "G" in own or self.phase.keeps:
+            return sum(float(x.double().square().sum()) for x in own.values())
+        known = self.server.held[layer]
+        if not {"A", "B"} <= own.keys():
+            known = Download(known).cut(self.server.rank_of(client, layer)).factors
+        B, A = (x.double() for x in method.product({**known, **own}))
+        return max(0.0, float(algebra.inner(B, A, B, A)))
 
     def _sends_plain(self) -> bool:
         phase = self.phase
@@ -336,7 +420,7 @@ class Aggregator:
         if not self.folded:
             raise ServerError("no client is left in this round")
         held = self.server.held
-        got: dict[str, Any] = {layer: c.done() if self.phase.sends else {} for layer, c in self._collectors.items()}
+        got = _Lazily(list(self.server.layers), lambda layer: self._collected(layer, self.phase.collect()))
         try:
             combined = self.phase.combine_layers(got, held)
         except MethodError as refusal:
@@ -348,13 +432,26 @@ class Aggregator:
         for layer, download in downloads.items():
             sent = update(layer, download, self.server.held[layer])
             rank[layer] = sent[0].shape[-1]
-            if self._ideal is not None:
+            if self._measured:
                 common = {name: x.double() for name, x in self.server.held[layer].items()}
-                ideal = method.product({**common, **self._ideal[layer].done()})
+                ideal = method.product({**common, **self._collected(layer, Mean() if self._alone else Stack(), self._alone)})
                 error[layer] = algebra.relative_error(sent, ideal)
                 error_of_sum[layer] = algebra.error_to_sum(error[layer], sent, ideal, len(self.folded))
         plain = {name: wire.rounded(x, self.server.dtype, f"plain|{name}") for name, x in self._plain.done().items()}
         return Aggregated(downloads, plain, error or None, error_of_sum or None, rank, self._ranks)
+
+    def _collected(self, layer: str, collector: Collector, wide: bool = False) -> Any:
+        """Returns what a collector makes of one layer of all uploads, `wide` in float64."""
+        if not self.phase.sends:
+            return {}
+        for client, weight, factors in self._uploads:
+            own = factors[layer]
+            try:
+                collector.add({name: x.double() for name, x in own.items()} if wide else own, weight)
+            except MethodError as error:
+                # A collector of somebody's own that is stricter than our checks.
+                raise ServerError(f"layer {layer!r}: client {client} {error}") from error
+        return collector.done()
 
     def _finish(self, layer: str, download: Download) -> Download:
         """Mixes the run's seed and the round into a reset, and rounds tensors as the wire will."""

@@ -110,14 +110,19 @@ class Fleet:
         return self._call("deactivate-node", encode((1, node_id)))
 
     def _call(self, name: str, message: bytes) -> Answer:
-        stamp = datetime.now(UTC).isoformat()
-        signature = self.key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
-        headers = {
-            "flwr-public-key": base64.b64encode(kit.flower_bytes(self.key.public_key())).decode(),
-            "flwr-timestamp": stamp,
-            "flwr-signature": base64.b64encode(signature).decode(),
-        }
+        headers = signed(self.key, datetime.now(UTC))
         return request("POST", self.address, f"/v1/fleet/{name}", self.context, message, headers)
+
+
+def signed(key: ec.EllipticCurvePrivateKey, moment: datetime) -> dict[str, str]:
+    """Returns the headers by which a site shows that it has a key, and when."""
+    stamp = moment.isoformat()
+    signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
+    return {
+        "flwr-public-key": base64.b64encode(kit.flower_bytes(key.public_key())).decode(),
+        "flwr-timestamp": stamp,
+        "flwr-signature": base64.b64encode(signature).decode(),
+    }
 
 
 def knows_key(answer: Answer) -> bool | None:
@@ -142,10 +147,14 @@ def request(
         try:
             link.request(verb, path, body, sent)
             answer = link.getresponse()
-            date = answer.headers.get("date")
-            return Answer(answer.status, answer.read(1 << 20), parsedate_to_datetime(date) if date else None)
-        except (http.client.HTTPException, ValueError) as error:
+            return Answer(answer.status, answer.read(1 << 20), _date(answer.headers.get("date")))
+        except http.client.HTTPException as error:
             raise ConnectionError(f"answers, but not as an HTTPS server: {error!r}") from None
+
+
+def _date(text: str | None) -> datetime | None:
+    with contextlib.suppress(ValueError):
+        return parsedate_to_datetime(text) if text else None
 
 
 def connection(address: str, context: ssl.SSLContext, proxied: bool, timeout: float) -> http.client.HTTPSConnection:

@@ -66,19 +66,20 @@ def encode(message: Message, dtype: str = "float32") -> bytes:
     return safetensors.torch.save(tensors, {"umbel": header})
 
 
-def decode(data: bytes, max_bytes: int | None = None) -> Message:
+def decode(data: bytes, max_bytes: int | None = None, max_header: int = MAX_HEADER_BYTES) -> Message:
     """Reads a message and checks it: size, header, version, dtypes, shapes against offsets.
 
     Args:
         data: Bytes from the network.
         max_bytes: Refuse more than so many, in the message or in its tensors as float32.
+        max_header: Refuse names, shapes and JSON of more than so many bytes; parsed, JSON takes up to some 60 times its length.
 
     Raises:
         WireError: Not a message of ours.
     """
     if max_bytes is not None and len(data) > max_bytes:
         raise WireError(f"message of {len(data)} bytes, allowed: {max_bytes}")
-    header = _header(data)
+    header = _header(data, max_header)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(cast(dict[str, Any], metadata).get("umbel"), str):
         raise WireError("no umbel header in the message's metadata")
@@ -102,12 +103,12 @@ def decode(data: bytes, max_bytes: int | None = None) -> Message:
     return Message(fields, _restored({name: tensors[name] for name in header}))
 
 
-def _header(data: bytes) -> dict[str, Any]:
+def _header(data: bytes, most: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     if len(data) < 8:
         raise WireError(f"message of {len(data)} bytes is truncated")
     (size,) = struct.unpack("<Q", data[:8])
-    if size > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise WireError(f"header says {size} bytes, message has {len(data) - 8}, allowed: {MAX_HEADER_BYTES}")
+    if size > min(most, len(data) - 8):
+        raise WireError(f"header says {size} bytes, message has {len(data) - 8}, allowed: {most}")
     return _object(data[8 : 8 + size], "tensor header")
 
 

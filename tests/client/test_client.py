@@ -11,7 +11,12 @@ import tiny
 from recorded import lines
 from umbel import run as running
 from umbel import wire
-from umbel.client.client import LOST, Client, _same_directions
+from umbel.client.adapter import Adapter
+from umbel.client.client import LOST, Client, Resident, _same_directions, tokens
+from umbel.client.data import load as load_data
+from umbel.client.model import load as load_model
+from umbel.config import configs
+from umbel.method import Download
 
 METHODS: list[dict[str, Any]] = [
     {"name": "fedit"},
@@ -120,3 +125,49 @@ def test_what_was_lost_is_in_the_clients_file_by_the_names_of_its_upload(job: Pa
     assert {key.rpartition("|")[2] for key in found if not key.startswith(LOST + "plain|")} == {"A", "B"}
     assert any(key.startswith(LOST + "plain|") for key in found)
     assert {key.rpartition("|")[2] for key in kept(job / "fed_sb", 1) if not key.startswith(LOST + "plain|")} == {"R"}
+
+
+# What a download leaves of it
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory: pytest.TempPathFactory) -> Resident:
+    (config,) = configs(tiny.table(tmp_path_factory.mktemp("resident"), wire={"dtype": "int8"})).values()
+    dataset = load_data(config)
+    base = load_model(config, len(dataset.labels))
+    adapter = Adapter(base.model, config.lora, base.heads, config.seed)
+    return Resident(config, base, adapter, dataset, *tokens(config, base, dataset))
+
+
+def after(resident: Resident, folder: Path, download: Any) -> set[str]:
+    """Layers of which a client still makes good what was lost, after one layer of its adapter was given a download."""
+    adapter, client = resident.adapter, Client(0, resident, folder)
+    adapter.restart(3)
+    layer, other = list(adapter.layers)[:2]
+    lost = {f"{LOST}{name}|{key}": torch.ones(2, 2) for name in (layer, other) for key in ("A", "B")}
+    client._keep(
+        {"has": -1, "keep": 0}, {**lost, f"{LOST}plain|head": torch.ones(2, 2), "optimizer|AB|0.step": torch.tensor(3.0)}
+    )
+    header, tensors = wire.pack({layer: download(adapter.read()[layer])})
+    beside = client._take(wire.Message({**header, "has": 0}, tensors))
+    assert "optimizer|AB|0.step" in beside
+    assert {f"{LOST}{other}|A", f"{LOST}{other}|B", f"{LOST}plain|head"} <= set(beside)
+    return {key.split("|")[2] for key in beside if key.startswith(f"{LOST}{layer}|")}
+
+
+DOWNLOADS: dict[str, tuple[Any, set[str]]] = {
+    "nothing": (lambda own: Download(), {"A", "B"}),
+    "a mean": (lambda own: Download({"A": own["A"] * 1.1, "B": own["B"] + 1}), {"A", "B"}),
+    "a B alone": (lambda own: Download({"B": own["B"] + 1}), {"A", "B"}),
+    "a merge": (lambda own: Download(merge=(own["B"] + 1, own["A"])), {"A", "B"}),
+    "a fresh adapter": (lambda own: Download(reset=5), set()),
+    "the same adapter afresh": (lambda own: Download(reset=3), set()),
+    "other directions": (lambda own: Download({"A": own["A"].flip(0), "B": own["B"] + 1}), set()),
+}
+
+
+@pytest.mark.parametrize(("download", "left"), DOWNLOADS.values(), ids=DOWNLOADS)
+def test_what_was_lost_is_forgotten_where_it_has_no_place_any_more(
+    resident: Resident, tmp_path: Path, download: Any, left: set[str]
+) -> None:
+    assert after(resident, tmp_path, download) == left

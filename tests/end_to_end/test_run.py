@@ -484,6 +484,16 @@ def test_layers_that_are_new_with_the_task_are_trained_averaged_and_published(tm
     assert right / len(dataset.test) == pytest.approx(lines(folder)[-1]["global"]["accuracy"])
 
 
+def test_a_quorum_is_for_the_clients_that_take_part_and_not_for_the_baselines(tmp_path: Path) -> None:
+    quorum = {"server": {"min_clients": 3}, "training": {"max_steps": 1}}
+    with pytest.raises(ConfigError, match=r"server\.min_clients: got 3, allowed: at most the 2 clients that take part"):
+        running.run(tiny.table(tmp_path, split={"unseen": 0.3}, **quorum), tmp_path / "unseen")
+    folder = running.run(tiny.table(tmp_path, **quorum), tmp_path / "all")
+    for member in (".", "central", "local/client-0"):
+        assert json.loads((folder / member / "run.json").read_text())["state"] == "done"
+    assert running.resume(folder) == folder
+
+
 def test_a_job_does_not_go_on_over_other_rows_or_another_configuration(tmp_path: Path) -> None:
     from umbel.record import RecordError
 
@@ -501,7 +511,7 @@ def test_a_job_does_not_go_on_over_other_rows_or_another_configuration(tmp_path:
 def test_a_server_cannot_name_files_outside_a_clients_folder(keep: Any, tmp_path: Path) -> None:
     resident, _ = residents(tiny.causal_table(tmp_path), tmp_path)
     client = Client(0, resident, tmp_path / "deep" / "clients" / "0")
-    header = {"kind": "observe", "has": -1, "keep": keep, "generate": False}
+    header = {"kind": "observe", "client": 0, "has": -1, "keep": keep, "generate": False}
     with pytest.raises(wire.WireError, match="'keep' is"):
         client.answer(wire.encode(wire.Message(header)))
     assert not list(tmp_path.glob("**/*evil*"))

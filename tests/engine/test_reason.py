@@ -2,11 +2,14 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from umbel.config import ConfigError
+from umbel.client import data
+from umbel.client.split import split
+from umbel.config import ConfigError, configs
 from umbel.engine.reasons import MOST_REASON, reason
 from umbel.method import MethodError
 from umbel.server import Refused
@@ -14,6 +17,12 @@ from umbel.wire import WireError
 
 NAME = "Jane O'Neil"
 BOTH = NAME + ' "J"'
+
+
+def config(sections):
+    """The configuration of a run with these sections."""
+    given = {"model": {"name": "m"}, "data": {"train": "a", "test": "b"}, "split": {"clients": 2}}
+    return configs({**given, "lora": {"target_modules": ["q"]}, **sections})["fedit"]
 
 
 def caught(make):
@@ -51,6 +60,19 @@ def missing_file():
     Path("/records/jane-doe/rows.jsonl").read_text()
 
 
+def values_of_a_column():
+    rows = [{"text": "ship", "label": "sea", "patient": name} for name in ("Jane", "Doe")]
+    own = {"split": {"kind": "by", "column": "patient", "clients": 3}}
+    split(config(own), rows, rows, [0, 0], None)
+
+
+def no_header():
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "rows.csv"
+        place.write_text("Jane,4711\nDoe,4712\n")
+        data.load(config({"data": {"train": str(place), "test": str(place)}}))
+
+
 HELD = {
     "a key": (key, "KeyError: … (test_reason.py:"),
     "a key that is a number": (raising(KeyError(4711001)), "KeyError: … (test_reason.py:"),
@@ -78,8 +100,14 @@ HELD = {
     "a row over several lines": (raising(ValueError("bad:\n  'Jane\nDoe'\n")), "ValueError: bad: … ("),
     "a configuration that quotes a row": (
         raising(ConfigError("data.train: no column 'x' in {'name': 'Jane Doe'}")),
-        "ConfigError: data.train: no column … in {…: …} (",
+        "ConfigError: data.train: no column … (",
     ),
+    "a configuration that shows columns without quotes": (
+        raising(ConfigError("data.max_length: got 4, of the columns ['age']. Columns found: Jane, Doe")),
+        "ConfigError: data.max_length: got 4, of the columns … (",
+    ),
+    "values of a column": (values_of_a_column, "ConfigError: split.clients: got 3, but the column has 2 values … (split.py:"),
+    "a table whose header is a row": (no_header, "ConfigError: data.train = … (data.py:"),
     "a list of names": (raising(ValueError(["Jane", "Doe"])), "ValueError: […, …] ("),
 }
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ class Resident:
     def __post_init__(self) -> None:
         choice = self.config.method
         self.method = methods.load(choice.name, **choice.options)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Versions and hashes of this process, read once: hashing a large model takes as long as reading it."""
+        return preflight.identity(self.config, self.base.tokenizer)
 
     def lora(self, client: int) -> Lora | None:
         """Returns a client's own rank and alpha; None where all have the same."""
@@ -166,8 +172,9 @@ class Client:
         with self._timed("wire"):
             request = wire.decode(payload)
         kind = request.header["kind"]
-        if request.header.get("client", self.number) != self.number:
-            raise wire.WireError(f"this is client {self.number}, the request is for client {request.header['client']!r:.80}")
+        asked = request.header.get("client")
+        if type(asked) is not int or asked != self.number:
+            raise wire.WireError(f"this is client {self.number}, the request is for client {asked!r:.80}")
         echo = {key: request.header.get(key) for key in wire.ECHO}
         if kind == "open":
             return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))

@@ -158,3 +158,57 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def skeleton(config: Config, labels: int) -> Base:
+    """Returns the model without its weights, on the meta device: what is adapted and how large it is, before it is loaded.
+
+    The names in a folder's safetensors files say which modules of a classifier are new; without such files (a hub name, a
+    GGUF file, a configuration alone) all outside the encoder is taken to be. There is no tokenizer.
+
+    Args:
+        config: The run's.
+        labels: Classes of the head (classification).
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    path = source(config.model)
+    where: dict[str, Any] = {"gguf_file": config.model.gguf_file} if config.model.gguf_file else {}
+    if config.model.revision:
+        where["revision"] = config.model.revision
+    try:
+        with quiet(), torch.random.fork_rng():
+            if config.model.gguf_file or not _has_weights(path):
+                model, heads = _from_configuration(config, path, labels, where)
+            else:
+                model, heads = _model(config, path, labels, {**where, "device_map": "meta"})
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name = {config.model.name!r}: no configuration of a model can be read there; give a folder with "
+            f"config.json, pkg:<package>/<path>, or a name that the local cache has. {error}"
+        ) from error
+    model.requires_grad_(False)
+    model.eval()
+    return Base(model, None, path, heads)
+
+
+def _has_weights(path: str) -> bool:
+    """Whether there are weights whose names can be read without them; a hub's would have to be fetched first."""
+    return Path(path).is_dir() and any(Path(path).glob("*.safetensors"))
+
+
+def _from_configuration(config: Config, path: str, labels: int, where: dict[str, Any]) -> tuple[Any, list[str]]:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    known = AutoConfig.from_pretrained(path, **where)
+    dtype = DTYPES[config.model.dtype]
+    with torch.device("meta"):
+        if config.task.kind != "classification":
+            return AutoModelForCausalLM.from_config(known, dtype=dtype), []
+        if config.model.pooling == "mean":
+            return PooledClassifier(AutoModel.from_config(known, dtype=dtype), labels), ["classifier"]
+        known.num_labels = labels
+        model = AutoModelForSequenceClassification.from_config(known, dtype=dtype)
+    new = [key for key, _ in model.named_parameters() if not key.startswith(f"{model.base_model_prefix}.")]
+    return model, sorted({key.rpartition(".")[0] for key in new})

@@ -38,7 +38,7 @@ def facts(resident: "Resident", folder: Path, client: int) -> dict[str, Any]:
         left out where the system does not say), and "step_seconds", an optimizer step (left out without rows).
     """
     memory = available_memory()
-    own: dict[str, Any] = {**identity(resident.config, resident.base.tokenizer), "disk_bytes": _free_disk(folder)}
+    own: dict[str, Any] = {**resident.identity, "disk_bytes": _free_disk(folder)}
     own["needs_bytes"] = STATES * _state_bytes(resident, client)
     own |= {} if memory is None else {"memory_bytes": memory}
     return own | ({"step_seconds": _step_seconds(resident, client)} if resident.rows_of(client) else {})
@@ -52,7 +52,7 @@ def identity(config: Config, tokenizer: Any) -> dict[str, Any]:
         "versions": {"umbel": __version__, "python": platform.python_version(), **versions},
         "model": model.fingerprint(config),
         "tokenizer": _sha256(_tokenizer(tokenizer)),
-        "chat_template": _sha256(getattr(tokenizer, "chat_template", None)),
+        "chat_template": _sha256(tokenizer.chat_template) if getattr(tokenizer, "chat_template", None) else "none",
     }
 
 

@@ -97,4 +97,7 @@ def _write_address(folder: Path, path: str, key: bytes) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    # The module by its name, as everybody else imports it, not its copy that runs here.
+    from umbel.client import worker
+
+    worker.serve(Path(sys.argv[1]))

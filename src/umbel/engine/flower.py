@@ -35,6 +35,9 @@ ENVELOPE_BYTES = 2**16
 
 POLL_SECONDS = 0.5
 
+CONNECT_SECONDS, RECONNECT_SECONDS = 60, 10
+"""How long a call waits for clients that are not connected: the first one for all, later ones for who was there before."""
+
 PULLERS = 4
 """Replies that are taken from the store at a time; each is in memory whole."""
 
@@ -110,18 +113,27 @@ class Flower:
     Args:
         grid: Of the ServerApp.
         nodes: Returns the connected clients: our numbers and Flower's node ids.
+        everyone: Returns all clients that may be there, connected or not.
         job: Goes with every ask (see `umbel.client.site.Job`).
         deadline: Seconds that one call of `ask` may take; who has not answered by then is reported as silent.
     """
 
-    def __init__(self, grid: Grid, nodes: Callable[[], Mapping[int, int]], job: Mapping[str, Any], deadline: float) -> None:
-        self._grid, self._nodes, self._job, self._deadline = grid, nodes, job, deadline
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Callable[[], Mapping[int, int]],
+        everyone: Callable[[], set[int]],
+        job: Mapping[str, Any],
+        deadline: float,
+    ) -> None:
+        self._grid, self._nodes, self._everyone, self._job, self._deadline = grid, nodes, everyone, job, deadline
+        self._last: set[int] | None = None
         setattr(http_grid, "pull_objects", _pull_objects)  # noqa: B010
 
     def ask(self, asks: Iterable[Ask]) -> Iterator[Reply]:
         """Sends all asks, then yields replies as they arrive, and for each client that is silent the reason."""
-        nodes, sent = self._nodes(), dict[str, Ask]()
         until = time.monotonic() + self._deadline
+        nodes, sent = self._connected(until), dict[str, Ask]()
         for ask in asks:
             node = nodes.get(ask.client)
             if node is None:
@@ -134,6 +146,17 @@ class Flower:
             else:
                 sent[identity] = replace(ask, payload=b"")
         yield from self._replies(sent, until)
+
+    def _connected(self, until: float) -> Mapping[int, int]:
+        """Returns who is there, after giving those a moment who are expected: at first all, later who was there before."""
+        until = min(until, time.monotonic() + (CONNECT_SECONDS if self._last is None else RECONNECT_SECONDS))
+        wanted = self._everyone() if self._last is None else self._last
+        nodes = self._nodes()
+        while wanted - set(nodes) and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            nodes = self._nodes()
+        self._last = set(nodes)
+        return nodes
 
     def _replies(self, sent: dict[str, Ask], until: float) -> Iterator[Reply]:
         pool = concurrent.futures.ThreadPoolExecutor(PULLERS, thread_name_prefix="umbel-pull")

@@ -4,6 +4,7 @@ import re
 import traceback
 from pathlib import Path
 
+from umbel.config import ConfigError
 from umbel.method import MethodError
 from umbel.server import Refused
 from umbel.wire import WireError
@@ -19,7 +20,8 @@ def reason(error: BaseException) -> str:
     """Returns type, message and place of a client's failure, without its data, for whoever runs the server.
 
     Whatever a message quotes may be a row, so it is left out, but for errors of ours that carry none; so is what a `KeyError`
-    looked for. Directories are left out of the place.
+    looked for. A `ConfigError` shows rows and columns to their owner, also without quotes: of it only the beginning is told,
+    up to the first quote or bracket. Directories are left out of the place.
 
     >>> reason(ValueError("could not convert string to float: 'Jane Doe'"))
     'ValueError: could not convert string to float: … (place unknown)'
@@ -28,6 +30,8 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, KeyError):
         text = "…"
+    elif isinstance(error, ConfigError):
+        text = _BEFORE_DATA.match(text)[0].rstrip() + " …"  # type: ignore[index]  # it matches any text
     elif not isinstance(error, WITHOUT_ROWS):
         text = _without_quotes(text)
     text = f"{type(error).__name__}: {text}"
@@ -42,6 +46,7 @@ def place(error: BaseException) -> str:
 
 
 _QUOTED = re.compile(r"""(?<!\w)[bBrRuUfF]{0,2}(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`|‘[^’]*’|“[^”]*”|«[^»]*»)(?!\w)""")
+_BEFORE_DATA = re.compile(r"""[^'"`‘’“”«»(\[{]*""")
 _QUOTE = re.compile(r"""['"`‘’“”«»]""")
 _NOT = re.compile(r"(?<=n)['’](?=t\b)")
 

@@ -9,6 +9,7 @@ from umbel.report.closing import as_json, rows
 from umbel.report.comparison import comparison_json, comparison_table, rank_notes, read_comparison
 from umbel.report.comparison_page import write_comparison
 from umbel.report.federated import status_table
+from umbel.report.forecast import forecast_table
 from umbel.report.jobs import Job, ReportError, Run, read_job
 from umbel.report.merged import merged_table, plan_table
 from umbel.report.page import write_html
@@ -22,6 +23,7 @@ __all__ = [
     "by_round",
     "comparison_json",
     "comparison_table",
+    "forecast_table",
     "merged_table",
     "plan_table",
     "rank_notes",
