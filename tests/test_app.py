@@ -75,6 +75,7 @@ def run(folder: Path, table: dict[str, Any], engine: str) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_flowers_simulation_gives_the_bytes_of_the_local_engine_and_is_quiet(tmp_path: Path) -> None:
     table = tiny.table(tmp_path, [{"name": "fedit"}, {"name": "fedsa_lora"}])
     local, _ = run(tmp_path, table, "local")
