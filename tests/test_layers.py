@@ -16,11 +16,11 @@ LAYERS = [
     {"method", "privacy"},
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
-    {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder", "kit"},
+    {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder", "kit", "envelope"},
     {"loop", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing", "traffic", "planning"},
     {"compare"},
-    {"federation", "app"},
+    {"federation", "app", "offline"},
     {"cli", "cli_federation"},
 ]
 """From the ground up. A module imports from its own layer or from those before it."""
@@ -34,7 +34,7 @@ HOMES = {
     "transformers": {"client"},
     "peft": {"client"},
     "datasets": {"client"},
-    "cryptography": {"kit.py", "superlink.py"},
+    "cryptography": {"kit.py", "superlink.py", "envelope.py"},
     "typer": {"cli.py", "cli_federation.py"},
     "rich": {"cli.py", "report"},
 }

@@ -28,7 +28,7 @@ SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
 
 JobFolder = Annotated[Path, typer.Argument(help="The folder that `umbel run --engine flower` named.")]
 
-ENGINES = ("local", "ray", "flower")
+ENGINES = ("local", "ray", "flower", "files")
 
 WRONG_INPUT = ("ConfigError", "FolderError", "MergeError", "MethodError", "RecordError", "ReportError")
 """Exceptions of ours that the user can do something about."""
@@ -44,12 +44,19 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that stopped.")] = None,
     engine: Annotated[
         str,
-        typer.Option(help="Where clients are: local (this process), ray (processes of this machine), flower (a federation)."),
+        typer.Option(
+            help="Where clients are: local (this process), ray (processes of this machine), flower (a federation), "
+            "files (sites that no network reaches)."
+        ),
     ] = "local",
     server: Annotated[
-        Path | None, typer.Option("--federation", metavar="DIR", help="For flower: the kit's server folder, kit/server.")
+        Path | None,
+        typer.Option("--federation", metavar="DIR", help="For flower and files: the kit's server folder, kit/server."),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="For flower: submit and come back at once.")] = False,
+    close: Annotated[
+        bool, typer.Option("--close", help="For --resume of a run by files: go on without those who are missing; quorum holds.")
+    ] = False,
     assignments: SetFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -72,8 +79,13 @@ def run(
         if (resume / "federation.json").is_file() if resume is not None else engine == "flower":
             _run_federated(table, folder, server, detach, as_json)
             return
+        if (resume / "offline.json").is_file() if resume is not None else engine == "files":
+            _run_offline(table, folder, server, close, as_json)
+            return
+        if close:
+            raise config.ConfigError("--close is for --resume of a run that began with --engine files")
         if server is not None or detach:
-            raise config.ConfigError("--federation and --detach are for --engine flower")
+            raise config.ConfigError("--federation is for --engine flower and files, --detach for flower")
         try:
             with _listening(as_json) as listen:
                 if engine == "ray":
@@ -136,17 +148,54 @@ def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | No
     _print_result(folder, as_json)
 
 
+def _run_offline(table: dict[str, Any] | None, folder: Path, server: Path | None, close: bool, as_json: bool) -> None:
+    """Begins a run whose requests and replies are carried, or goes on with it; ends where somebody has to carry."""
+    from umbel import config, offline
+
+    if close and table is not None:
+        raise config.ConfigError("--close is for --resume of a run that began with --engine files")
+    if close:
+        cli_federation.tell_closed(offline.close(folder))
+
+    def go() -> Path:
+        with _listening(as_json) as listen:
+            if table is None:
+                return offline.go_on(folder, listen, server)
+            if server is None:
+                raise config.ConfigError(
+                    "--engine files needs --federation DIR, the kit's server folder (`umbel kit init` makes it)"
+                )
+            return offline.begin(table, folder, server, listen)
+
+    cli_federation.carry(go, folder, as_json)
+
+
 @app.command()
 def status(folder: JobFolder, as_json: JsonFlag = False) -> None:
     """Say how far a job of a federation is, and which sites are connected."""
     with _errors():
-        from umbel import federation, report
+        from umbel import federation, offline, report
 
+        if offline.is_offline(folder):
+            _offline_status(folder, as_json)
+            return
         told = federation.status(federation.find(folder))
         if as_json:
             typer.echo(json.dumps(told))
         else:
             _console().print(report.status_table(told))
+
+
+def _offline_status(folder: Path, as_json: bool) -> None:
+    from umbel import offline
+
+    asked = offline.waiting(folder)
+    if as_json:
+        typer.echo(json.dumps({"asked": asked}))
+    elif asked:
+        cli_federation.tell_waiting(folder, asked)
+    else:
+        typer.echo(f"Nobody is waited for. Go on, or see the table: umbel run --resume {folder}")
 
 
 @app.command()

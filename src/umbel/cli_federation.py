@@ -2,14 +2,17 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-BAD_INPUT, FAILED = 2, 1
-"""Exit codes: the user's input is wrong; what was started could not go on."""
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: the user's input is wrong; what was started could not go on; Ctrl-C."""
+
+WRONG_INPUT = ("KitError", "ConfigError", "EnvelopeError", "RecordError")
+"""Exceptions of ours that the user can do something about."""
 
 kit_app = typer.Typer(help="Make and change kits: one folder per party, with its certificate or key.", no_args_is_help=True)
 server_app = typer.Typer(help="The server of a federation.", no_args_is_help=True)
@@ -151,6 +154,101 @@ def make_key(out: Annotated[Path, typer.Option(help="The folder that gets site.k
         )
 
 
+@server_app.command(name="import")
+def import_replies(
+    server: Annotated[Path, typer.Argument(help="The kit's folder server/.")],
+    folder: Annotated[Path, typer.Argument(help="The folder that `umbel run --engine files` named.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="REPLY…", help="Files that `umbel site export` made.")] = None,
+    close: Annotated[bool, typer.Option("--close", help="Go on without those who are still missing; quorum holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Take replies that were carried here; when nobody is missing the run goes on until it has to wait again, or is done."""
+    with _told():
+        from umbel import offline
+
+        taken = offline.take(folder, server, files or [])
+        for own in taken:
+            typer.echo(
+                f"{own.file}: {own.state}{f' from {own.site}' if own.site else ''}{own.reason and f': {own.reason}'}", err=True
+            )
+        if close:
+            tell_closed(offline.close(folder))
+        files_told = [{"file": str(own.file), "site": own.site, "state": own.state, "reason": own.reason} for own in taken]
+        carry(lambda: offline.go_on(folder, _events, server), folder, as_json, {"files": files_told})
+        if any(own.state == "refused" for own in taken):
+            raise typer.Exit(BAD_INPUT)
+
+
+@site_app.command(name="export")
+def export_reply(
+    folder: Annotated[Path, typer.Argument(help="The site's folder of the kit.")],
+    file: Annotated[Path, typer.Argument(metavar="REQUEST", help="The file that was brought from the server.")],
+    out: Annotated[Path, typer.Option(help="The reply, to be carried back.")],
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="The site's rows; `run`: those of the run file.")] = None,
+    test: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to score on.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="The base model here, if not as the run names it.")] = None,
+) -> None:
+    """Answer one request without any network: check its signature, train, sign the reply. Options are noted for the next."""
+    with _told():
+        from umbel import kit, offline
+
+        given = {key: value for key, value in (("data", data), ("test", test), ("model", model)) if value is not None}
+        kept = {key: value if _is_name(key, value) else str(Path(value).expanduser().resolve()) for key, value in given.items()}
+        if kept:
+            kit.update_site(folder, **kept)
+        head = offline.answer(folder, file, out, _steps)
+        what = f"round {head.round} ({head.kind}) of {head.member}, run {head.run}"
+        typer.echo(f"{out}: the reply of {head.sender} to {what}, {head.length} bytes. Carry it to the server.")
+
+
+def carry(go: Callable[[], Path], folder: Path, as_json: bool, told: Mapping[str, Any] | None = None) -> None:
+    """Lets a run go as far as it can, and says what is to be carried where, or where the result is; JSON gets `told` too."""
+    from umbel import report
+    from umbel.engine import Waiting
+
+    try:
+        go()
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. Finished rounds and imported replies are kept; go on with: umbel run --resume {folder}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Waiting as waiting:
+        if as_json:
+            typer.echo(json.dumps({"state": "waiting", "asked": waiting.asked, **(told or {})}))
+        else:
+            tell_waiting(folder, waiting.asked)
+        return
+    job = report.read_job(folder)
+    page = report.write_html([job], folder / "report.html")
+    if as_json:
+        typer.echo(json.dumps({"state": "done", **(told or {}), **report.as_json([job])}))
+        return
+    contents = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    typer.echo("Done; nobody is waited for.")
+    for label in contents["methods"]:
+        typer.echo(f"Adapter of {label}: {folder / contents['members'][label] / 'adapter'}")
+    typer.echo(f"Report: {page}")
+
+
+def tell_waiting(folder: Path, asked: list[dict[str, Any]]) -> None:
+    """Prints who is here, who is missing, and what to carry to whom."""
+    rows = [("site", "state", "round", "request to carry there")]
+    for own in asked:
+        path = str(folder / own["request"]) if "request" in own and own["state"] in ("missing", "may join") else ""
+        state = own["state"] + (f" ({own['reason']})" if "reason" in own else "")
+        rows.append((own["site"], state, f"{own['round']} {own['run']}" if "round" in own else "", path))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        typer.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip())
+    typer.echo("At a site:    umbel site export SITE_FOLDER REQUEST --out REPLY")
+    typer.echo(f"Back here:    umbel server import SERVER_FOLDER {folder} REPLY …")
+    typer.echo(f"Without them: umbel run --resume {folder} --close")
+
+
+def tell_closed(names: list[str]) -> None:
+    """Says without whom the round goes on."""
+    typer.echo(f"The round goes on without {', '.join(names)}." if names else "Nobody was missing.", err=True)
+
+
 # What the commands share
 
 
@@ -168,15 +266,35 @@ def _told() -> Iterator[None]:
         raise typer.Exit(FAILED) from None
     except Exception as error:
         kind = type(error).__name__
-        if kind not in ("KitError", "DeploymentError", "Unreachable", "ApiError") and not isinstance(error, OSError):
+        if not type(error).__module__.startswith("umbel.") and not isinstance(error, OSError):
             raise
         typer.echo(f"umbel: {error}", err=True)
-        raise typer.Exit(BAD_INPUT if kind == "KitError" else FAILED) from None
+        raise typer.Exit(BAD_INPUT if kind in WRONG_INPUT else FAILED) from None
 
 
 def _say(line: str) -> None:
     # Flushed by echo, so that a supervisor's log has it at once.
     typer.echo(line)
+
+
+def _events(event: dict[str, Any]) -> None:
+    """Says on stderr what a run does."""
+    if event["event"] in ("stage", "note"):
+        typer.echo(event["text"], err=True)
+    elif event["event"] == "round":
+        typer.echo(
+            f"round {event['round']} of {event['rounds']}: {event['answered']} of {event['clients']} folded in", err=True
+        )
+
+
+def _steps(client: int, step: int, steps: int) -> None:
+    if step == steps:
+        typer.echo(f"trained {steps} steps", err=True)
+
+
+def _is_name(key: str, value: str) -> bool:
+    """True where an option of a site is no path: rows of the run, or a package's file."""
+    return value.startswith("pkg:") or (key == "data" and value == "run")
 
 
 def _settle(kit_folder: Path) -> None:

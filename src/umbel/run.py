@@ -26,7 +26,7 @@ from umbel import __version__
 from umbel import config as configuration
 from umbel import method as methods
 from umbel.config import Config, ConfigError, MethodChoice
-from umbel.engine import Ask, Engine, Reply
+from umbel.engine import Ask, Engine, Reply, Waiting
 from umbel.engine.local import Local
 from umbel.loop import Plan, federate
 from umbel.record import Record, RecordError, locked, now, write_file, write_json, write_lines
@@ -101,6 +101,7 @@ def run(
     Raises:
         ConfigError: The configuration cannot be run.
         ServerError: A round had nobody left.
+        Waiting: Somebody has to bring replies before it can go on; every method got as far as it could.
         RecordError: Another process is at work in the folder, it holds somebody else's files, or a job that began with
             another configuration, other rows or another model.
     """
@@ -127,8 +128,8 @@ def run(
         if dataset.train:
             listen({"event": "split", "manifest": manifest})
         contents = _contents(members) | ({"comparing": True} if comparing else {})
-        job = {"run": _identity_of(folder), "clients": dataset.clients}
-        write_json(folder / "job.json", {**contents, "id": job["run"]})
+        job = _known_job(folder, dataset.clients)
+        write_json(folder / "job.json", {**contents, "id": job["run"], "clients": job["clients"]})
         if all(Record(folder / member.folder).info.get("state") == "done" for member in members):
             return folder
         listen({"event": "stage", "text": "loading the model"})
@@ -138,6 +139,7 @@ def run(
         train, test = client.tokens(shared, base, dataset)
         stock = publish.Stock(shared, len(dataset.labels))
         facts = provenance(manifest, fingerprint, shared)
+        asked: list[dict[str, Any]] = []
         for index, member in enumerate(members):
             listen({"event": "member", "label": member.label, "role": member.role, "index": index, "members": len(members)})
             own = _pooled(dataset) if member.role == "central" else dataset
@@ -147,6 +149,10 @@ def run(
             except (ServerError, publish.PublishError):
                 if not comparing:
                     raise  # else it is in the run's record, and the table shows it
+            except Waiting as waiting:
+                asked += waiting.asked  # the next method's requests can be carried on the same way
+        if asked:
+            raise Waiting(asked)
     return folder
 
 
@@ -175,6 +181,7 @@ def is_job(folder: Path) -> bool:
 def _check_empty(folder: Path) -> None:
     """Refuses a folder with anything of somebody else's in it, since a run writes and replaces folders there."""
     begun = {".lock", "split.json", "split.json.partial", "job.toml.partial", "federation.json", "events.jsonl"}
+    begun |= {"offline.json", "offline.json.partial"}
     strange = sorted(path.name for path in folder.iterdir() if path.name not in begun)
     if strange and not is_job(folder):
         raise RecordError(f"{folder} is not empty ({', '.join(strange[:3])}) and holds no run; give another folder")
@@ -259,10 +266,10 @@ def _shared(configs: dict[str, Config]) -> Config:
     return first
 
 
-def _identity_of(folder: Path) -> str:
-    """Returns the job's id, under which its sites keep what is theirs; a new one where there is none yet."""
+def _known_job(folder: Path, clients: int) -> dict[str, Any]:
+    """Returns the job's id, under which its sites keep what is theirs, and K, which never shrinks: the revoked still count."""
     known = json.loads((folder / "job.json").read_text(encoding="utf-8")) if (folder / "job.json").exists() else {}
-    return known.get("id") or secrets.token_hex(8)
+    return {"run": known.get("id") or secrets.token_hex(8), "clients": max(known.get("clients") or 0, clients)}
 
 
 def _server_rows(config: Config, network: Network) -> Any:
@@ -418,6 +425,9 @@ def _run_member(
         # Wrapping the model, writing the adapter and reading it back belong to the run, too.
         outside = max(0.0, time.perf_counter() - began - sum(totals[before:]))
         record.update(state="done", finished=now(), adapter=published, seconds=sum(totals) + outside)
+    except Waiting as waiting:
+        record.update(state="waiting", waiting=waiting.asked)
+        raise
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.update(state=state, error=f"{type(error).__name__}: {error}")

@@ -1,8 +1,8 @@
 """How a request reaches clients and replies come back: one method, `ask`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -29,3 +29,17 @@ class Engine(Protocol):
     def ask(self, asks: Iterable[Ask]) -> Iterator[Reply]:
         """Yields one reply per ask, in any order, as they arrive; a silent client yields its reason."""
         ...
+
+
+class Waiting(Exception):
+    """Replies that somebody has to bring are missing. The run ends here in good order and goes on when they are there.
+
+    Args:
+        asked: Per request "site", "run", "round", "kind", "request" (its file) and "state": "here", "missing", or why it is
+            not waited for.
+    """
+
+    def __init__(self, asked: Sequence[Mapping[str, Any]]) -> None:
+        self.asked = [dict(own) for own in asked]
+        missing = [own["site"] for own in self.asked if own["state"] == "missing"]
+        super().__init__(f"waiting for {', '.join(dict.fromkeys(missing))}")
