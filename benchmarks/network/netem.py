@@ -96,8 +96,9 @@ CASES = (
 
 
 def main(out: Path, cases: list[Case]) -> None:
-    """Measures each case and writes the file anew after each."""
-    told: dict[str, Any] = {"provenance": provenance(), "line": asdict(LINE), "rows": ROWS, "cases": []}
+    """Measures each case and writes the file anew after each; cases that were measured before stay in it."""
+    before = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.exists() else []
+    told: dict[str, Any] = {"provenance": provenance(), "line": asdict(LINE), "rows": ROWS, "cases": before}
     for slow in (False, True):
         those = [case for case in cases if case.slow == slow]
         with tempfile.TemporaryDirectory(prefix="umbel-network-") as temporary:
@@ -108,7 +109,7 @@ def main(out: Path, cases: list[Case]) -> None:
                 for case in those:
                     assert show is not None
                     found = measure(net, show, folder, case)
-                    told["cases"].append(found)
+                    told["cases"] = [old for old in told["cases"] if {**old, **asdict(case)} != old] + [found]
                     out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
                     shown = {key: found[key] for key in ("method", "dtype", "tcp", "slow", "record", "link", "loopback")}
                     print(json.dumps(shown | {"rounds": [r["seconds"] for r in found["rounds"]]}), flush=True)
@@ -153,6 +154,8 @@ def measure(net: Machines, show: deploy.Shown, folder: Path, case: Case) -> dict
     ways = ("bytes_down", "bytes_up")
     return {
         **asdict(case),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": told_by_git("rev-parse", "HEAD"),
         "load": os.getloadavg()[0],
         "rounds": [
             {
@@ -232,17 +235,15 @@ class Sampler:
         return sum(last[port][1] - first[port][1] for port in self.ports)
 
 
+def told_by_git(*words: str) -> str:
+    """Returns what a git command prints."""
+    return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def provenance() -> dict[str, Any]:
-    """Returns when, where and with what it was measured."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout.strip()
-
+    """Returns where and with what it was measured; when is said of each case."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "changed_since": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("umbel", "flwr", "torch", "transformers", "peft")},
         "nginx": subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=False).stderr.strip(),

@@ -54,10 +54,10 @@ def machine(told: Table) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     of = about["machine"]
     loads = [case["load"] for case in told["cases"]]
-    commit = about["commit"][:10] + (" with changes" if about["changed_since"] else "")
+    dates, commits = (sorted({case[key][:10] for case in told["cases"]}) for key in ("date", "commit"))
     return (
-        f"{about['date'][:10]}, {of['processor']}, {of['cores']} cores for the server and all sites, {of['platform']}, "
-        f"{versions}, {about['nginx'].removeprefix('nginx version: ')}, commit {commit}. "
+        f"{', '.join(dates)}, {of['processor']}, {of['cores']} cores for the server and all sites, {of['platform']}, "
+        f"{versions}, {about['nginx'].removeprefix('nginx version: ')}, commit {', '.join(commits)}. "
         f"Lines of {line['rate'] / 1e6:g} Mbit/s, {line['delay_ms']:g} ms and {100 * line['loss']:g} % loss in each direction, "
         f"made with {told['emulator']}. "
         f"Load while measuring {min(loads):.1f} to {max(loads):.1f}; one run each.\n"
