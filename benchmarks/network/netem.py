@@ -70,11 +70,10 @@ name = "fedit"
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a method and a dtype, over slow lines or fast ones, with a way of TCP to answer losses."""
+    """One run: a method and a dtype, over slow lines or fast ones."""
 
     method: str
     dtype: str = "float32"
-    tcp: str = "bbr"
     slow: bool = True
 
     @property
@@ -91,7 +90,6 @@ CASES = (
     Case("flora_na"),
     Case("florist"),
     Case("fed_sb"),
-    Case("fedit", tcp="cubic"),
 )
 
 
@@ -99,21 +97,18 @@ def main(out: Path, cases: list[Case]) -> None:
     """Measures each case and writes the file anew after each; cases that were measured before stay in it."""
     before = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.exists() else []
     told: dict[str, Any] = {"provenance": provenance(), "line": asdict(LINE), "rows": ROWS, "cases": before}
-    # Connections that are open keep their TCP, so every kind of line has machines of its own.
-    for slow, tcp in dict.fromkeys((case.slow, case.tcp) for case in cases):
-        those = [case for case in cases if (case.slow, case.tcp) == (slow, tcp)]
+    for slow in dict.fromkeys(case.slow for case in cases):
+        those = [case for case in cases if case.slow == slow]
         with tempfile.TemporaryDirectory(prefix="umbel-network-") as temporary:
             folder = Path(temporary)
             with Machines(["server", *SITES], dict.fromkeys(SITES, LINE) if slow else None) as net:
                 told["emulator"] = net.emulator or told.get("emulator", "")
-                for machine in ("server", *SITES):
-                    net.run(machine, ["sh", "-c", f"echo {tcp} > /proc/sys/net/ipv4/tcp_congestion_control"])
                 show = prepare(net, folder)
                 for case in those:
                     found = measure(net, show, folder, case)
                     told["cases"] = [old for old in told["cases"] if {**old, **asdict(case)} != old] + [found]
                     out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-                    shown = {key: found[key] for key in ("method", "dtype", "tcp", "slow", "record", "link", "loopback")}
+                    shown = {key: found[key] for key in ("method", "dtype", "slow", "record", "link", "loopback")}
                     print(json.dumps(shown | {"rounds": [r["seconds"] for r in found["rounds"]]}), flush=True)
 
 
@@ -134,7 +129,7 @@ def prepare(net: Machines, folder: Path) -> deploy.Shown:
 
 def measure(net: Machines, show: deploy.Shown, folder: Path, case: Case) -> dict[str, Any]:
     """Runs a case; returns what the record says, what crossed the lines, and what `umbel plan` had said."""
-    job = folder / "server" / f"{case.method}-{case.dtype}-{case.tcp}"
+    job = folder / "server" / f"{case.method}-{case.dtype}"
     options = [part for assignment in case.assignments for part in ("--set", assignment)]
     before = {machine: net.counted(machine) for machine in SITES} | {"lo": net.counted("server", "lo")}
     with Sampler(net, job / "rounds.jsonl") as sampler:
@@ -245,6 +240,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("umbel", "flwr", "torch", "transformers", "peft")},
+        "tcp": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="utf-8").strip(),
         "nginx": subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=False).stderr.strip(),
         "machine": {
             "processor": next((x.partition(":")[2].strip() for x in cpuinfo if x.startswith("model name")), platform.machine()),

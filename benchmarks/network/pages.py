@@ -24,7 +24,7 @@ Row = list[str]
 def methods(told: Table) -> list[Row]:
     """The last round of training by method: what the record says, what the plan said, and how long it took."""
     heads = ["down", "plan", "up", "plan", "on the wire, min", "plan, min", "whole round, min"]
-    rows = [["method", "`wire.dtype`", "TCP", *heads]]
+    rows = [["method", "`wire.dtype`", *heads]]
     for case in told["cases"]:
         if case["slow"]:
             last, plan = [line for line in case["rounds"] if line["phase"] == "train"][-1], case["plan"]
@@ -50,12 +50,11 @@ def runs(told: Table) -> list[Row]:
     for case in told["cases"]:
         record, plan, line = (sum(part.values()) for part in (case["record"], case["plan"]["all_sites"], case["link"]))
         once = sum(one["bytes_down"] for one in case["rounds"]) + case["record"]["bytes_up"]
-        name, dtype, tcp = _case(case)
         most = "≤ " if case["plan"]["at_most"] else ""
         planned = [most + words.size(plan), most + f"{plan / record:.4f}"]
         inside = [words.size(case["loopback"] - record), words.size(once)]
         minutes = sum(one["seconds"] for one in case["rounds"]) / 60
-        about = [name, dtype, tcp if case["slow"] else "none"]
+        about = [*_case(case), "slow" if case["slow"] else "none"]
         rows.append([*about, words.size(record), *planned, words.size(line), f"{line / record:.3f}", *inside, f"{minutes:.2f}"])
     return rows
 
@@ -71,7 +70,7 @@ def machine(told: Table) -> str:
         f"{', '.join(dates)}, {of['processor']}, {of['cores']} cores for the server and all sites, {of['platform']}, "
         f"{versions}, {about['nginx'].removeprefix('nginx version: ')}, commit {', '.join(commits)}. "
         f"Lines of {line['rate'] / 1e6:g} Mbit/s, {line['delay_ms']:g} ms and {100 * line['loss']:g} % loss in each direction, "
-        f"made with {told['emulator']}. "
+        f"made with {told['emulator']}; TCP with {about['tcp']}. "
         f"Load while measuring {min(loads):.1f} to {max(loads):.1f}; one run each.\n"
     )
 
@@ -81,7 +80,7 @@ def _most(plan: Table, way: str) -> str:
 
 
 def _case(case: Table) -> Row:
-    return [f"`{case['method']}`", case["dtype"], case["tcp"]]
+    return [f"`{case['method']}`", case["dtype"]]
 
 
 KINDS: dict[str, Callable[[Table], list[Row] | str]] = {"methods": methods, "runs": runs, "machine": machine}
