@@ -167,7 +167,7 @@ def test_an_update_that_is_what_was_sent_down_is_refused_by_name(tmp_path, name,
     assert len(trained) == 3
     for line in trained:
         assert line["answered"] == [0, 1]
-        reason = "client 2 sent back the factors that it was sent: it has not trained"
+        reason = "client 2 sent back the factors that it was sent: it has not trained (learning rate 0?)"
         assert line["refused"] == [{"client": 2, "reason": reason}]
 
 

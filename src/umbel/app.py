@@ -112,6 +112,8 @@ def main(grid: Grid, context: Context) -> None:
 
             error = ""
             try:
+                # Paths in a run's file are relative to where the command was given, here as in one process.
+                os.chdir(request["path"][0])
                 serve(grid, request["table"], Path(request["folder"]), nodes, listen)
             except BaseException as failure:
                 error = f"{type(failure).__name__}: {failure}"

@@ -119,7 +119,7 @@ def _simulate(table: dict[str, Any] | None, folder: Path, listen: Callable[[dict
 
 
 def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | None, detach: bool, as_json: bool) -> None:
-    """Submits a job, or submits it again to go on, and follows it; Ctrl-C only stops looking."""
+    """Submits a job, or submits it again to go on where it stopped, and follows it; Ctrl-C only stops looking."""
     from umbel import config, federation
 
     if table is None:
@@ -130,10 +130,13 @@ def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | No
             "--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)"
         )
     config.configs(table)  # what is wrong with it is said here and not in a log at the server
-    submitted = federation.submit(table, folder, server)
+    # A second submission of a job that runs would find its folder taken, and what was noted of the first would be lost.
+    runs = federation.is_federated(folder) and federation.at_work(folder)
+    submitted = federation.find(folder) if runs else federation.submit(table, folder, server)
     how = f"look: umbel status {folder} · umbel log {folder} · end it: umbel stop {folder}"
     if not as_json:
-        typer.echo(f"Submitted to {submitted.federation.server} as Flower's run {submitted.number}; {how}", err=True)
+        done = "It is running already" if runs else f"Submitted to {submitted.federation.server}"
+        typer.echo(f"{done} as Flower's run {submitted.number}; {how}", err=True)
     if detach:
         return
     try:

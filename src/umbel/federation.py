@@ -21,7 +21,7 @@ import tomli_w
 
 from umbel import __version__, deployment, kit
 from umbel import run as running
-from umbel.record import Record, write_json
+from umbel.record import Record, RecordError, locked, write_json
 from umbel.run import Listener
 
 REQUEST, EVENTS = "federation.json", "events.jsonl"
@@ -107,6 +107,15 @@ def find(folder: Path) -> Submitted:
         raise FederationError(f"{folder} holds no job that was given to a federation; give the folder that `umbel run` named")
     request = json.loads(path.read_text(encoding="utf-8"))
     return Submitted(folder, kit.read(Path(request["federation"])), str(request["number"]))
+
+
+def at_work(folder: Path) -> bool:
+    """True while a process of this machine works at a job; one that was killed does not."""
+    try:
+        with locked(folder):
+            return False
+    except RecordError:
+        return True
 
 
 def flwr(federation: kit.Federation, *arguments: str) -> dict[str, Any]:

@@ -348,7 +348,7 @@ class Aggregator:
         """
         trained = [name for name in self.phase.sends if name in self.phase.trains]
         if trained and all(self._is_held(layer, name, own[name]) for layer, own in factors.items() for name in trained):
-            raise Refused(f"client {client} sent back the factors that it was sent: it has not trained")
+            raise Refused(f"client {client} sent back the factors that it was sent: it has not trained (learning rate 0?)")
         if (
             {"A", "B"} <= set(self.phase.trains)
             and "B" in trained

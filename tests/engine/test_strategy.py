@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "negative-rows": (state(1), {"rows": -4}, "it has -4 rows"),
     "nan-rows": (state(1), {"rows": float("nan")}, "it has nan rows"),
     "rows-in-a-list": (state(1), {"rows": [5]}, "no number under|most have"),
-    "other-metrics": (state(1), {"loss": 1.0}, "most have num-examples"),
+    "other-metrics": (state(1), {"loss": 1.0}, "most have 'num-examples'"),
     "integers": (broken(A=np.ones((R, 7), np.int64)), {}, "holds <i8"),
     "pickle": (raw(pickle.dumps(Boom())), {}, "not in numpy's format"),
     "pickle-in-numpy": (raw(saved(np.array([Boom()], dtype=object))), {}, r"holds \|O"),

@@ -238,7 +238,7 @@ class AdapterStrategy(FedAvg):
         if form is None:
             raise Refused(f"{len(content.metric_records)} MetricRecords, wanted one")
         if form != usual:
-            raise Refused(f"metrics {', '.join(name for name, _ in form)}; most have {', '.join(name for name, _ in usual)}")
+            raise Refused(f"metrics: {_some([name for name, _ in form])}; most have {_some([name for name, _ in usual])}")
         (metrics,) = content.metric_records.values()
         weight = metrics.get(self.weighted_by_key)
         if not isinstance(weight, (int, float)) or isinstance(weight, bool):
