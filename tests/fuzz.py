@@ -135,7 +135,7 @@ def said(data: bytes, other: bytes, draw: random.Random) -> bytes:
     fields = json.loads(header["__metadata__"]["umbel"])
     for _ in range(draw.choice([1, 1, 3])):
         key = draw.choice([*fields, "rows", "steps", "version", "round", "client", "rounding", "seconds", "surprise"])
-        fields[key] = draw.choice(NUMBERS)
+        fields[key] = draw.choice([*NUMBERS, [[]] * draw.choice([10, 1000, 300_000])])
     text = _json(fields)
     header["__metadata__"] = draw.choice(
         [{"umbel": text}] * 4 + [{"umbel": text[:-2]}, {"umbel": 3}, {}, [], None, {"umbel": "[]"}]

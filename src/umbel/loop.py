@@ -1,5 +1,7 @@
 """federate(): choose clients, ask, fold, combine, record, resume."""
 
+import itertools
+import json
 import math
 import random
 import shutil
@@ -33,6 +35,9 @@ LOST = {"state": "its state", "state and optimizer": "its state and that of its 
 
 MOST_SCORES, MOST_NAME = 50, 50
 """Scores that a client may report of one model, and the length of a score's name."""
+MOST_SAID, LONGEST_SAID = 64, 4096
+"""Of the entries in the header of a reply: how many are kept, and how long one may be as JSON."""
+
 UPLOADS = "uploads"
 """The folder under the record's where a round's uploads wait until all are there."""
 
@@ -580,9 +585,15 @@ def _read(
         heard.refuse(reply.client, str(error))
         return None
     heard.seconds["wire"] += time.perf_counter() - started
-    heard.replies[reply.client] = message.header
+    heard.replies[reply.client] = _short(message.header)
     heard.add_seconds(message.header)
     return message
+
+
+def _short(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns of what a client says what is short enough to be kept until the round is over, and to be recorded."""
+    entries = itertools.islice(header.items(), MOST_SAID)
+    return {key: value for key, value in entries if len(key) + len(json.dumps(value)) <= LONGEST_SAID}
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,8 @@ def damaged(name, payload):
     message = wire.decode(payload)
     header, tensors = dict(message.header), dict(message.tensors)
     first = next(iter(tensors))
-    kept = Path(FOLDER, "first-reply")
-    if not kept.exists():
-        kept.write_bytes(payload)
     if name == "old":
-        return kept.read_bytes()
+        return Path(FOLDER, "first-reply").read_bytes()
     if name == "truncated":
         return payload[: len(payload) // 2]
     if name == "pickle":
@@ -69,7 +66,9 @@ def install_worker():
         reply, error = honest(work, job, payload)
         if error:
             return reply, error
-        name, _ = attack_of(reply)
+        name, header = attack_of(reply)
+        if header.get("kind") == "train" and header["round"] == 1:
+            Path(FOLDER, "first-reply").write_bytes(reply)
         if name == "raises":
 
             class Raising:
