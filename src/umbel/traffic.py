@@ -302,10 +302,11 @@ class Answering:
     def answer(self, payload: bytes) -> bytes:
         """Answers one request as `umbel.client.client.Client` does."""
         header, entries = opened(payload)
+        echo = {key: header.get(key) for key in wire.ECHO}
         if header["kind"] == "open":
             layers = {layer: [s.d_out, s.d_in, self.rank[layer]] for layer, s in self.small.layers.items()}
             plain = {name: list(shape) for name, shape in self.sites.plain.items()}
-            return wire.encode(wire.Message({"layers": layers, "plain": plain, "rows": self.rows}))
+            return wire.encode(wire.Message({**echo, "layers": layers, "plain": plain, "rows": self.rows}))
         self.take({name: entry["shape"] for name, entry in entries.items()})
         measures = header["kind"] == "measure"
         if self.agree and header["kind"] == "train":
@@ -316,7 +317,7 @@ class Answering:
         rows = max(1, min(header["samples"], self.rows)) if measures else self.rows
         stages, keys = STAGES[header["kind"]]
         said = {key: self.sites.said[key] for key in keys if key in self.sites.said}
-        answer = {"rows": rows, **said, "seconds": dict.fromkeys(stages, 0.123)}
+        answer = {**echo, "rows": rows, **said, "seconds": dict.fromkeys(stages, 0.123)}
         return wire.encode(wire.Message(answer, tensors), self.dtype)
 
     def take(self, shapes: Mapping[str, Sequence[int]]) -> None:
