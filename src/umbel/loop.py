@@ -35,6 +35,7 @@ LOST = {"state": "its state", "state and optimizer": "its state and that of its 
 
 MOST_SCORES, MOST_NAME = 50, 50
 """Scores that a client may report of one model, and the length of a score's name."""
+
 MOST_SAID, LONGEST_SAID = 64, 4096
 """Of the entries in the header of a reply: how many are kept, and how long one may be as JSON."""
 

@@ -14,7 +14,10 @@ FOLDER = os.environ.get("HOSTILE_SITE", "")
 
 def attack_of(payload):
     size = int.from_bytes(payload[:8], "little")
-    header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["umbel"])
+    try:
+        header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["umbel"])
+    except ValueError:
+        return "", {}  # it is damaged already
     if header.get("kind") != "train":
         return "", header
     return json.loads(Path(FOLDER, "attack.json").read_text()).get(str(header["round"]), ""), header
