@@ -292,7 +292,7 @@ def run_round(engine: Bending, options: dict[str, Any], dtype: str, count: int) 
     """Runs a federation of one training round and returns its record."""
     with tempfile.TemporaryDirectory() as folder:
         record = Record(Path(folder))
-        plan = Plan(load(**options), 1, list(range(count)), dtype=dtype, observe="never")
+        plan = Plan(load(**options), 1, list(range(count)), dtype=dtype, observe="never", min_clients=1)
         server = federate(engine, plan, record)
         assert set(server.held) == set(LAYERS)
         assert all(torch.isfinite(x).all() for own in server.held.values() for x in own.values())

@@ -24,8 +24,9 @@ class Clients:
     def ask(self, asks):
         for ask in asks:
             header = wire.decode(ask.payload).header
+            kept = {key: header[key] for key in wire.ECHO}
             if header["kind"] == "open":
-                said = {"layers": {layer: [SIZE, SIZE, RANK] for layer in NAMES}, "rows": 1 + ask.client}
+                said = {**kept, "layers": {layer: [SIZE, SIZE, RANK] for layer in NAMES}, "rows": 1 + ask.client}
                 yield Reply(ask.client, wire.encode(wire.Message(said)))
                 continue
             draw = torch.Generator().manual_seed(ask.client)
@@ -33,7 +34,6 @@ class Clients:
                 layer: {"A": torch.randn(RANK, SIZE, generator=draw), "B": torch.randn(SIZE, RANK, generator=draw)}
                 for layer in NAMES
             }
-            kept = {key: header[key] for key in ("run", "round", "client", "kind") if key in header}
             said = {**kept, "rows": 1 + ask.client, "steps": 1}
             yield Reply(ask.client, wire.encode(wire.Message(said, wire.pack_factors(factors))))
 

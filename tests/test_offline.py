@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 import tiny
 from umbel import envelope, kit, offline, wire
 from umbel import run as running
+from umbel.asking import MOST_OPENING_BYTES
 from umbel.cli import app
 from umbel.config import ConfigError
 from umbel.engine import Waiting
 from umbel.envelope import EnvelopeError
-from umbel.loop import MOST_OPENING_BYTES
 from umbel.record import RecordError
 from umbel.server import ServerError
 
