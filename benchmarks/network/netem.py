@@ -96,19 +96,22 @@ CASES = (
 
 
 def main(out: Path, cases: list[Case]) -> None:
-    """Measures each case and writes the file anew after each."""
-    told: dict[str, Any] = {"provenance": provenance(), "line": asdict(LINE), "rows": ROWS, "cases": []}
-    for slow in (False, True):
-        those = [case for case in cases if case.slow == slow]
+    """Measures each case and writes the file anew after each; cases that were measured before stay in it."""
+    before = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.exists() else []
+    told: dict[str, Any] = {"provenance": provenance(), "line": asdict(LINE), "rows": ROWS, "cases": before}
+    # Connections that are open keep their TCP, so every kind of line has machines of its own.
+    for slow, tcp in dict.fromkeys((case.slow, case.tcp) for case in cases):
+        those = [case for case in cases if (case.slow, case.tcp) == (slow, tcp)]
         with tempfile.TemporaryDirectory(prefix="umbel-network-") as temporary:
             folder = Path(temporary)
             with Machines(["server", *SITES], dict.fromkeys(SITES, LINE) if slow else None) as net:
                 told["emulator"] = net.emulator or told.get("emulator", "")
-                show = prepare(net, folder) if those else None
+                for machine in ("server", *SITES):
+                    net.run(machine, ["sh", "-c", f"echo {tcp} > /proc/sys/net/ipv4/tcp_congestion_control"])
+                show = prepare(net, folder)
                 for case in those:
-                    assert show is not None
                     found = measure(net, show, folder, case)
-                    told["cases"].append(found)
+                    told["cases"] = [old for old in told["cases"] if {**old, **asdict(case)} != old] + [found]
                     out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
                     shown = {key: found[key] for key in ("method", "dtype", "tcp", "slow", "record", "link", "loopback")}
                     print(json.dumps(shown | {"rounds": [r["seconds"] for r in found["rounds"]]}), flush=True)
@@ -131,9 +134,6 @@ def prepare(net: Machines, folder: Path) -> deploy.Shown:
 
 def measure(net: Machines, show: deploy.Shown, folder: Path, case: Case) -> dict[str, Any]:
     """Runs a case; returns what the record says, what crossed the lines, and what `umbel plan` had said."""
-    for machine in ("server", *SITES):
-        file = "/proc/sys/net/ipv4/tcp_congestion_control"
-        net.run(machine, ["sh", "-c", f"echo {case.tcp} > {file}"])
     job = folder / "server" / f"{case.method}-{case.dtype}-{case.tcp}"
     options = [part for assignment in case.assignments for part in ("--set", assignment)]
     before = {machine: net.counted(machine) for machine in SITES} | {"lo": net.counted("server", "lo")}
@@ -153,6 +153,8 @@ def measure(net: Machines, show: deploy.Shown, folder: Path, case: Case) -> dict
     ways = ("bytes_down", "bytes_up")
     return {
         **asdict(case),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": told_by_git("rev-parse", "HEAD"),
         "load": os.getloadavg()[0],
         "rounds": [
             {
@@ -172,7 +174,7 @@ def measure(net: Machines, show: deploy.Shown, folder: Path, case: Case) -> dict
             "bytes_down": sampler.sent_down(),
         },
         "loopback": after["lo"][0] - before["lo"][0],
-        "plan": {key: own[key] for key in ("first_round", "later_round", "besides", "run", "all_sites", "seconds")},
+        "plan": {key: own[key] for key in ("first_round", "later_round", "besides", "run", "all_sites", "seconds", "at_most")},
     }
 
 
@@ -232,17 +234,15 @@ class Sampler:
         return sum(last[port][1] - first[port][1] for port in self.ports)
 
 
+def told_by_git(*words: str) -> str:
+    """Returns what a git command prints."""
+    return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def provenance() -> dict[str, Any]:
-    """Returns when, where and with what it was measured."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout.strip()
-
+    """Returns where and with what it was measured; when is said of each case."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "changed_since": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("umbel", "flwr", "torch", "transformers", "peft")},
         "nginx": subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=False).stderr.strip(),

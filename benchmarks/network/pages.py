@@ -15,36 +15,48 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "network.md"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+WAYS = ("bytes_down", "bytes_up")
+
 Table = dict[str, Any]
 Row = list[str]
 
 
 def methods(told: Table) -> list[Row]:
-    """One round of training by method: what the plan says, what the record says, what the line carried, and how long."""
+    """The last round of training by method: what the record says, what the plan said, and how long it took."""
     heads = ["down", "plan", "up", "plan", "on the wire, min", "plan, min", "whole round, min"]
     rows = [["method", "`wire.dtype`", "TCP", *heads]]
     for case in told["cases"]:
         if case["slow"]:
-            rounds = _training(case)
-            later, plan = rounds[-1], case["plan"]
-            sizes = [(later[way], plan["later_round"][way]) for way in ("bytes_down", "bytes_up")]
-            times = [later["wire_seconds"], plan["seconds"]["later_round"], later["seconds"]]
-            shown = [words.size(x) for pair in sizes for x in pair]
-            rows.append([*_case(case), *shown, *(f"{x / 60:.2f}" for x in times)])
+            last, plan = [line for line in case["rounds"] if line["phase"] == "train"][-1], case["plan"]
+            down, up = ([words.size(last[way]), _most(plan, way) + words.size(plan["later_round"][way])] for way in WAYS)
+            most = "≤ " if plan["at_most"] else ""
+            times = [f"{last['wire_seconds'] / 60:.2f}", most + f"{plan['seconds']['later_round'] / 60:.2f}"]
+            rows.append([*_case(case), *down, *up, *times, f"{last['seconds'] / 60:.2f}"])
     return rows
 
 
 def runs(told: Table) -> list[Row]:
-    """Whole runs: bytes in the record, in the plan and on the lines of all sites, and what crossed the server's loopback."""
-    rows = [
-        ["method", "`wire.dtype`", "line", "record", "plan", "plan / record", "lines", "lines / record", "loopback − lines"]
+    """Whole runs of all sites: bytes in record and plan, on the lines, and between the parts of the server."""
+    heads = [
+        "record",
+        "plan",
+        "plan / record",
+        "lines",
+        "lines / record",
+        "server's loopback − record",
+        "each download once + uploads",
     ]
+    rows = [["method", "`wire.dtype`", "line", *heads, "whole run, min"]]
     for case in told["cases"]:
         record, plan, line = (sum(part.values()) for part in (case["record"], case["plan"]["all_sites"], case["link"]))
+        once = sum(one["bytes_down"] for one in case["rounds"]) + case["record"]["bytes_up"]
         name, dtype, tcp = _case(case)
+        most = "≤ " if case["plan"]["at_most"] else ""
+        planned = [most + words.size(plan), most + f"{plan / record:.4f}"]
+        inside = [words.size(case["loopback"] - record), words.size(once)]
+        minutes = sum(one["seconds"] for one in case["rounds"]) / 60
         about = [name, dtype, tcp if case["slow"] else "none"]
-        ratios = [f"{plan / record:.4f}", words.size(line), f"{line / record:.3f}", words.size(case["loopback"] - line)]
-        rows.append([*about, words.size(record), words.size(plan), *ratios])
+        rows.append([*about, words.size(record), *planned, words.size(line), f"{line / record:.3f}", *inside, f"{minutes:.2f}"])
     return rows
 
 
@@ -54,18 +66,18 @@ def machine(told: Table) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     of = about["machine"]
     loads = [case["load"] for case in told["cases"]]
-    commit = about["commit"][:10] + (" with changes" if about["changed_since"] else "")
+    dates, commits = (sorted({case[key][:10] for case in told["cases"]}) for key in ("date", "commit"))
     return (
-        f"{about['date'][:10]}, {of['processor']}, {of['cores']} cores for the server and all sites, {of['platform']}, "
-        f"{versions}, {about['nginx'].removeprefix('nginx version: ')}, commit {commit}. "
+        f"{', '.join(dates)}, {of['processor']}, {of['cores']} cores for the server and all sites, {of['platform']}, "
+        f"{versions}, {about['nginx'].removeprefix('nginx version: ')}, commit {', '.join(commits)}. "
         f"Lines of {line['rate'] / 1e6:g} Mbit/s, {line['delay_ms']:g} ms and {100 * line['loss']:g} % loss in each direction, "
         f"made with {told['emulator']}. "
         f"Load while measuring {min(loads):.1f} to {max(loads):.1f}; one run each.\n"
     )
 
 
-def _training(case: Table) -> list[Table]:
-    return [line for line in case["rounds"] if line["phase"] == "train"]
+def _most(plan: Table, way: str) -> str:
+    return "≤ " if way in plan["at_most"] else ""
 
 
 def _case(case: Table) -> Row:

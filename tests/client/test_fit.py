@@ -161,3 +161,13 @@ def test_a_loss_that_is_not_finite_stops_the_client_with_advice(tmp_path: Path) 
     own.trainable(("A", "B"))[0].data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1; lower training.learning_rate"):
         fit.fit(own, ("A", "B"), examples(), Training(max_steps=1), 0, 1, 1, 1, {}, lambda *_: None)
+
+
+def test_a_layer_that_nothing_reads_has_a_gradient_of_zero(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(str(tiny.llama(tmp_path)))
+    base.unread = torch.nn.Linear(5, 4)
+    own = Adapter(base, Lora(r=3, target_modules=["q_proj", "unread"]), [], 1)
+    got = fit.gradient(own, [Example([5, 6, 7, 8], [-100, -100, 7, 8])], Training(), 0, seed=4, samples=1)
+    (unread,) = (layer for layer in got if layer.endswith("unread"))
+    assert torch.equal(got.pop(unread), torch.zeros(4, 5))
+    assert all(x.abs().max() > 0 for x in got.values())

@@ -189,6 +189,8 @@ def gradient(
 ) -> dict[str, Tensor]:
     """Returns the mean gradient of every adapted frozen weight over some of a client's rows, d_out × d_in, float32.
 
+    It is zero for a layer on which the loss does not depend.
+
     In training mode (with dropout), as LoRA-SB's released code does; the model must be at its frozen weights (B = 0).
     """
     weights = adapter.frozen_weights()
@@ -207,7 +209,8 @@ def gradient(
             batch = {key: x.to(device) for key, x in collate(part, pad_id).items()}
             loss_of(adapter.model, batch, training.bf16).backward()
             for name, weight in weights.items():
-                assert weight.grad is not None
+                if weight.grad is None:
+                    continue  # nothing reads this layer, as BERT's pooler where the head takes the mean: zero
                 sums[name] += weight.grad.float().cpu() * (len(part) / len(chosen))
                 weight.grad = None
     adapter.model.eval()
