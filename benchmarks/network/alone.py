@@ -47,15 +47,9 @@ def run(asked: Asked) -> Asked:
         "seconds": seconds,
         "rounds": [line["seconds"]["total"] for line in training],
         "stages": [line["seconds"] for line in training],
-        "loss": [_mean(line) for line in training],
+        "loss": [sum(line["loss"].values()) / len(line["loss"]) for line in training],
         "bytes_up": max(max(line["bytes_up"].values()) for line in training),
     }
-
-
-def _mean(line: Asked) -> float | None:
-    """Returns the clients' mean training loss, where the record has it."""
-    losses = [own["loss"] for own in (line.get("clients") or {}).values() if own.get("loss") is not None]
-    return sum(losses) / len(losses) if losses else None
 
 
 def pattern(asked: Asked) -> Asked:
