@@ -122,8 +122,8 @@ def model(asked: Asked) -> Asked:
     table |= {"task": {"kind": "instruction", "response": "{reply}"}, "method": {"name": "fedit"}, "split": {"clients": 1}}
     (only,) = config.configs(table).values()
     loaded = base.load(only, 0)
-    loaded.model.save_pretrained(asked["folder"])
-    loaded.tokenizer.save_pretrained(asked["folder"])
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(asked["folder"])  # type: ignore[operator]
     return {}
 
 

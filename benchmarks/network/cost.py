@@ -150,7 +150,8 @@ def sites(scale: Scale, folder: Path) -> Iterator[Table]:
                 own |= {"rounds": [line["seconds"]["total"] for line in lines if line["phase"] == "train"]}
                 own |= {"opening": lines[0]["seconds"]["total"]}
                 own |= {"stages": [line["seconds"] for line in lines if line["phase"] == "train"]}
-                echo = {"around": surroundings()} | federation.echo(sizes, f"echo-{turn}")
+                echo: Table = {"around": surroundings()} | federation.echo(sizes, f"echo-{turn}")
+                # The opening is one more exchange.
                 echo["rounds"] = echo.pop("exchanges")[-scale.rounds :]
                 turns.append({"umbel": {"around": around, **own}, "echo": echo, "sizes": sizes})
         yield {"r": payload.r, "target_modules": payload.target_modules, "sites": scale.sites, "turns": turns}

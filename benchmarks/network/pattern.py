@@ -71,7 +71,7 @@ def run(work: Work) -> dict[str, Any]:
         config = ConfigRecord({"work": json.dumps(asdict(work)), "threads": threads})
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=len(work.files), min_available_nodes=len(work.files))
         result = strategy.start(grid, first, num_rounds=work.rounds, train_config=config, evaluate_fn=noted)
-        losses.extend(float(metrics["loss"]) for metrics in result.train_metrics_clientapp.values())
+        losses.extend(float(str(metrics["loss"])) for metrics in result.train_metrics_clientapp.values())
 
     client.train()(train)
     logging.getLogger("flwr").setLevel(logging.ERROR)

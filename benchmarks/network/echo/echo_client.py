@@ -12,7 +12,8 @@ app = ClientApp()
 def _(message: Message, context: Context) -> Message:
     asked = message.content["asked"]
     assert isinstance(asked, ConfigRecord)
-    assert isinstance(asked["up"], int)
-    data = os.urandom(asked["up"])
+    size = asked["up"]
+    assert isinstance(size, int)
+    data = os.urandom(size)
     array = Array(dtype="bytes", shape=(len(data),), stype="safetensors", data=data)
     return Message(RecordDict({"payload": ArrayRecord({"body": array})}), reply_to=message)

@@ -46,7 +46,9 @@ def _exchange(grid: Grid, nodes: list[int], down: int, up: int) -> int:
         for reply in replies:
             if reply.has_error():
                 raise RuntimeError(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
-            total += len(reply.content["payload"]["body"].data)
+            record = reply.content["payload"]
+            assert isinstance(record, ArrayRecord)
+            total += len(record["body"].data)
             sent.remove(reply.metadata.reply_to_message_id)
         if not replies:
             time.sleep(POLL_SECONDS)
