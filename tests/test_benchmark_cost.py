@@ -55,8 +55,8 @@ def test_a_part_that_is_measured_later_leaves_the_others(results):
 @pytest.mark.slow
 def test_memory_is_measured_for_methods_of_both_kinds_and_uploads_are_as_large_as_their_factors(results):
     cases = results["memory"]["cases"]
-    assert [(case["method"], case["clients"]) for case in cases] == [
-        (method, clients) for method in ("fedit", "florist") for clients in (5, 10)
+    assert [(case["method"], case["error"], case["clients"]) for case in cases] == [
+        (method, error, clients) for method in ("fedit", "florist") for error in (False, True) for clients in (5, 10)
     ]
     for case in cases:
         factors = 4 * case["layers"] * 2 * case["rank"] * case["size"]
@@ -93,7 +93,7 @@ def test_the_page_can_be_made_of_the_results(results, tmp_path):
     page = load("cost_pages").rendered(text, tmp_path)
     assert page.count("Not measured yet") == 3  # of the part "sites", which is a real federation
     grown = load("cost_pages").words.size(results["memory"]["cases"][0]["grown"])
-    assert f"| `fedit` | 5 | 33.5 kB | 167 kB | 41.9 kB | {grown} |" in page
+    assert f"| `fedit` | not | 5 | 33.5 kB | 167 kB | 41.9 kB | {grown} |" in page
 
 
 def test_memory_and_work_of_a_process_below_are_found_and_those_of_an_old_one_of_one_run_are_not(tmp_path):

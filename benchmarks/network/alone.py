@@ -90,7 +90,7 @@ def one_round(asked: Asked) -> Asked:
     torch.linalg.svd(torch.randn(64, 64))
     before = _peak()
     with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(method, rounds=1, clients=list(range(clients)), observe="never")
+        plan = Plan(method, rounds=1, clients=list(range(clients)), observe="never", measure_error=asked["error"])
         record, began = Record(Path(folder)), time.perf_counter()
         federate(Numbers(size, rank, layers), plan, record)
         seconds = time.perf_counter() - began

@@ -12,6 +12,7 @@ flower      the same training with --engine local and as Flower's LoRA examples 
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -158,10 +159,10 @@ def sites(scale: Scale, folder: Path) -> Iterator[Table]:
 
 
 def memory(scale: Scale, folder: Path) -> Iterator[Table]:
-    """One round of a server whose clients send numbers."""
-    for method in ("fedit", "florist"):
+    """One round of a server whose clients send numbers, with `server.aggregation_error` and without."""
+    for method, error in itertools.product(("fedit", "florist"), (False, True)):
         for clients in scale.round_clients:
-            asked = {"method": method, "clients": clients, **scale.round_shape}
+            asked = {"method": method, "error": error, "clients": clients, **scale.round_shape}
             yield {**asked, "around": surroundings(), **alone("round", asked)}
 
 

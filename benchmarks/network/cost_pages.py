@@ -66,10 +66,11 @@ def processes(told: Table) -> list[Row]:
 def server(told: Table) -> list[Row]:
     """By how much the server's process grew in a round, by the number of clients."""
     heads = ["one upload", "all uploads", "all uploads of one layer", "server grew by", "seconds"]
-    rows = [["method", "clients", *heads]]
+    rows = [["method", "`aggregation_error`", "clients", *heads]]
     for case in told["memory"]["cases"]:
         sizes = [words.size(case[key]) for key in ("upload", "uploads", "one_layer", "grown")]
-        rows.append([f"`{case['method']}`", str(case["clients"]), *sizes, f"{case['seconds']:.1f}"])
+        error = "measured" if case["error"] else "not"
+        rows.append([f"`{case['method']}`", error, str(case["clients"]), *sizes, f"{case['seconds']:.1f}"])
     return rows
 
 
