@@ -63,7 +63,7 @@ class Training:
     model: str
     steps: int
     cores: int = 1
-    turns: int = 2
+    turns: int = 1
 
     @property
     def batch(self) -> int:
@@ -73,7 +73,7 @@ class Training:
     @property
     def clients(self) -> int:
         """Their number."""
-        return {"SmolLM2": 4, "MiniLM": 10, "tiny": 2}[self.model]
+        return {"SmolLM2": 4, "MiniLM": 5, "tiny": 2}[self.model]
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,13 @@ FULL = Scale(
     ],
     round_clients=[5, 20, 100],
     round_shape={"size": 2048, "rank": 16, "layers": 12},
-    simulated=[(engine, model, n) for model in ("tiny", "MiniLM") for engine in ("local", "ray") for n in (5, 20, 100)],
-    trainings=[Training("MiniLM", 1), Training("MiniLM", 10), Training("MiniLM", 10, cores=2), Training("SmolLM2", 3)],
+    simulated=[(engine, model, n) for engine in ("local", "ray") for model in ("tiny", "MiniLM") for n in (5, 20, 100)],
+    trainings=[
+        Training("MiniLM", 1, turns=2),
+        Training("MiniLM", 10),
+        Training("SmolLM2", 3),
+        Training("MiniLM", 10, cores=2),
+    ],
     model="MiniLM",
 )
 QUICK = Scale(
@@ -112,7 +117,7 @@ QUICK = Scale(
     round_clients=[5, 10],
     round_shape={"size": 256, "rank": 4, "layers": 4},
     simulated=[("local", "tiny", 3), ("ray", "tiny", 3)],
-    trainings=[Training("tiny", 2, turns=1)],
+    trainings=[Training("tiny", 2)],
     model="tiny",
 )
 
