@@ -135,7 +135,7 @@ def said(data: bytes, other: bytes, draw: random.Random) -> bytes:
     fields = json.loads(header["__metadata__"]["umbel"])
     for _ in range(draw.choice([1, 1, 3])):
         key = draw.choice([*fields, "rows", "steps", "version", "round", "client", "rounding", "seconds", "surprise"])
-        fields[key] = draw.choice(NUMBERS)
+        fields[key] = draw.choice([*NUMBERS, [[]] * draw.choice([10, 1000, 300_000])])
     text = _json(fields)
     header["__metadata__"] = draw.choice(
         [{"umbel": text}] * 4 + [{"umbel": text[:-2]}, {"umbel": 3}, {}, [], None, {"umbel": "[]"}]
@@ -292,7 +292,7 @@ def run_round(engine: Bending, options: dict[str, Any], dtype: str, count: int) 
     """Runs a federation of one training round and returns its record."""
     with tempfile.TemporaryDirectory() as folder:
         record = Record(Path(folder))
-        plan = Plan(load(**options), 1, list(range(count)), dtype=dtype, observe="never")
+        plan = Plan(load(**options), 1, list(range(count)), dtype=dtype, observe="never", min_clients=1)
         server = federate(engine, plan, record)
         assert set(server.held) == set(LAYERS)
         assert all(torch.isfinite(x).all() for own in server.held.values() for x in own.values())

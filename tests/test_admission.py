@@ -15,6 +15,7 @@ from test_loop import (
     ending,
     engine,
     lines_of,
+    literally,
     plan,
     raw,
     saying,
@@ -111,6 +112,8 @@ HOSTILE = {
     "sends a pickle": (lambda answer, payload: pickle.dumps({"wide|A": [1.0] * 500}), "header says"),
     "sends a pickle as header": (with_header(pickle.dumps([1, 2, 3])), "tensor header is not JSON"),
     "sends deep JSON": (with_header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "tensor header is not JSON"),
+    "says rows that nest": (literally("rows", "[" * 900 + "]" * 900), "umbel header is not JSON: nested more than 32 times"),
+    "says steps that nest": (literally("steps", "[" * 25 + "]" * 25), "client 1 says it took [[[[[[[["),
     "sends a header that is a list": (with_header(b"[]"), "tensor header is not an object"),
     "sends a header without end": (lambda answer, payload: b"\xff" * 200, "header says 18446744073709551615 bytes"),
     "says a name twice": (
@@ -141,6 +144,24 @@ def test_a_hostile_upload_is_one_line_and_the_round_is_that_of_the_others(tmp_pa
     assert ending(tmp_path / "attacked")[1] == ending(tmp_path / "without")[1]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"surprise": [[]] * 100_000},
+        {"scores": {f"score {i}": i for i in range(20_000)}},
+        {f"key {i}": i for i in range(40_000)},
+        {"loss": "x" * 500_000},
+    ],
+    ids=["lists", "scores", "keys", "text"],
+)
+def test_what_a_client_says_at_length_is_neither_kept_nor_recorded(tmp_path, said):
+    federate(engine(clients(), client_1=after_the_opening(saying(**said))), plan(rounds=1), Record(tmp_path))
+    line = lines_of(tmp_path)[-1]
+    assert line["answered"] == [0, 1, 2]
+    assert line["steps"] == {"0": 4, "1": 4, "2": 4}
+    assert len(json.dumps(line)) < 5000
+
+
 # Trained at all
 
 
@@ -154,7 +175,7 @@ class Idle(Client):
         factors, merged, plain = self.take(request)
         self.states = {request.header["keep"]: (factors, merged, plain)}
         tensors = {f"{layer}|{name}": factors[layer][name] / 1.3 * 1.3 for layer in factors for name in request.header["sends"]}
-        said = {"rows": self.rows, "steps": 4, "loss": 0.1}
+        said = {"rows": self.rows, "steps": 4, "loss": 0.1, **{key: request.header[key] for key in wire.ECHO}}
         return wire.encode(wire.Message(said, tensors | wire.pack_plain(plain or {"head": torch.ones(4)})), self.dtype)
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
     {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder", "kit", "envelope"},
-    {"loop", "engine", "client", "superlink", "deployment"},
+    {"loop", "asking", "opening", "admission", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing", "traffic", "planning"},
     {"compare"},
     {"federation", "app", "offline"},

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import tiny
 from umbel import envelope, kit, offline, wire
 from umbel import run as running
+from umbel.asking import MOST_OPENING_BYTES
 from umbel.cli import app
 from umbel.config import ConfigError
 from umbel.engine import Waiting
@@ -277,7 +278,7 @@ def test_a_site_refuses_what_is_not_from_its_server_or_not_for_it(begun, tmp_pat
     assert not out.exists()
 
 
-def test_a_reply_larger_than_asked_for_is_refused_before_it_is_copied(begun, monkeypatch):
+def test_a_reply_larger_than_asked_for_is_refused_before_it_is_copied(begun):
     federation, asked = begun
     reply = federation.answered(asked[0])
     huge = reply.with_name("huge.umbel")
@@ -286,7 +287,7 @@ def test_a_reply_larger_than_asked_for_is_refused_before_it_is_copied(begun, mon
     envelope.write(huge, replace(good.head, length=2**41), b"", key)
     with huge.open("r+b") as file:
         file.truncate(huge.stat().st_size + 2**41)  # 2 TiB without a block of it on the disk
-    assert federation.take(huge) == [("refused", f"its payload has {2**41} bytes, allowed: {2**40}")]
+    assert federation.take(huge) == [("refused", f"its payload has {2**41} bytes, allowed: {MOST_OPENING_BYTES}")]
     assert not list((federation.folder / "inbox").rglob("*"))
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -254,4 +255,10 @@ def _reply(message: Message, answer: Callable[[Mapping[str, Any], bytes], tuple[
         payload, error = answer(job_of(message.content), payload_of(message.content))
     except EnvelopeError as refusal:
         payload, error = b"", str(refusal)
+    except Exception as failure:
+        # What is not caught here Flower would send to the operator word for word.
+        from umbel.engine.reasons import reason
+
+        traceback.print_exc()
+        payload, error = b"", reason(failure)
     return Message(to_content(payload, error=error), reply_to=message)

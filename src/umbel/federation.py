@@ -28,6 +28,9 @@ REQUEST, EVENTS = "federation.json", "events.jsonl"
 CHECK_SECONDS = 15
 """Between looks at whether Flower still has a run whose folder says nothing new."""
 
+MOST_FAILURES = 3
+"""Looks in a row at which the SuperLink may be away, as it is when it is started again."""
+
 APP = {
     "project": {"name": "umbel-app", "version": __version__, "license": "Apache-2.0", "dependencies": []},
     "tool": {
@@ -134,6 +137,9 @@ def flwr(federation: kit.Federation, *arguments: str) -> dict[str, Any]:
             f"`flwr {arguments[0]}` failed at {federation.superlink or 'a SuperLink that was never started'}: {words}. "
             f"Does it run? {federation.folder}/start"
         ) from None
+    if not told.get("success", True):
+        words = " ".join(str(told.get("error-message", "")).split())[-300:]
+        raise FederationError(f"`flwr {arguments[0]}`: {words} Does the server run? {federation.folder}/start")
     return told
 
 
@@ -143,7 +149,7 @@ def follow(submitted: Submitted, listen: Listener) -> None:
     Raises:
         FederationError: The job failed, was stopped, or Flower lost it.
     """
-    checked = time.monotonic()
+    checked, failures = time.monotonic(), 0
     for event in _events(submitted.folder / EVENTS, submitted.number):
         if event is not None:
             checked = time.monotonic()
@@ -154,7 +160,14 @@ def follow(submitted: Submitted, listen: Listener) -> None:
             listen(event)
         elif time.monotonic() - checked > CHECK_SECONDS:
             checked = time.monotonic()
-            status = flower_status(submitted)
+            try:
+                status, failures = flower_status(submitted), 0
+            except FederationError as error:
+                failures += 1
+                if failures < MOST_FAILURES:
+                    continue
+                again = f"When it runs again, go on with: umbel run --resume {submitted.folder}"
+                raise FederationError(f"{error}. {again}") from None
             if status.startswith("finished") and not _ended(submitted):
                 raise FederationError(
                     f"Flower ended the run ({status}) and the job did not: its process was killed, or could not begin. "

@@ -347,7 +347,13 @@ class Aggregator:
             Refused: It sent what it was sent, up to the last bit that its own scale may cost; or a pair whose product is zero.
         """
         trained = [name for name in self.phase.sends if name in self.phase.trains]
-        if trained and all(self._is_held(layer, name, own[name]) for layer, own in factors.items() for name in trained):
+        # A does not move in the first step of a new adapter, since its gradient is Bᵀ G and B = 0.
+        still = trained == ["A"] and self.server.has.get(client, -1) < 0
+        if (
+            trained
+            and not still
+            and all(self._is_held(layer, name, own[name]) for layer, own in factors.items() for name in trained)
+        ):
             raise Refused(f"client {client} sent back the factors that it was sent: it has not trained (learning rate 0?)")
         if (
             {"A", "B"} <= set(self.phase.trains)

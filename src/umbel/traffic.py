@@ -22,7 +22,7 @@ from torch import Tensor
 from umbel import wire
 from umbel.engine import Ask, Reply
 from umbel.loop import Plan, federate
-from umbel.method import Factors, Method
+from umbel.method import Factors, Mean, Method
 from umbel.record import Record
 from umbel.server import Aggregator, LayerShape, Server, ServerError
 
@@ -316,7 +316,8 @@ class Answering:
         tensors = wire.pack_factors(factors) | (wire.pack_plain(self.plain(header["round"])) if sends_plain else {})
         rows = max(1, min(header["samples"], self.rows)) if measures else self.rows
         stages, keys = STAGES[header["kind"]]
-        said = {key: self.sites.said[key] for key in keys if key in self.sites.said}
+        told = {"steps": 1, **self.sites.said}
+        said = {key: told[key] for key in keys if key in told}
         answer = {**echo, "rows": rows, **said, "seconds": dict.fromkeys(stages, 0.123)}
         return wire.encode(wire.Message(answer, tensors), self.dtype)
 
@@ -447,12 +448,24 @@ def _kept(plan: Plan, sites: Sites) -> tuple[int, dict[str, int]]:
             aggregator.add(k, 1.0, clients[k].factors(phase.sends, index + 1), plain)
         if not phase.sends:
             aggregator.folded.append(-1)
-        most = max(most, _bytes([vars(aggregator), vars(server)], small))
+        most = max(most, _bytes([vars(server)], small) + _collected(aggregator, small))
         aggregated = aggregator.done()
         for layer, download in aggregated.downloads.items():
             merged |= {name: download.merge[0].shape[1] for name in small.names[layer] if download.merge is not None}
         server.settle(aggregated)
     return most, merged
+
+
+def _collected(aggregator: Aggregator, small: Small) -> int:
+    """Returns the bytes of uploads that are in memory at a time: one layer's, of all clients where they are not added up."""
+    phase, uploads = aggregator.phase, [factors for _, _, factors in aggregator._uploads]  # pyright: ignore[reportPrivateUsage]
+    together = phase.collect is not Mean or (aggregator.measure_error and len(phase.sends) > 1)
+    sizes: list[int] = []
+    for layer, names in small.names.items():
+        each = [sum(4 * math.prod(small.grown(layer, x.shape)) for x in own[layer].values()) for own in uploads if layer in own]
+        one = sum(each) if together else max(each, default=0)
+        sizes.append(one * len(names) if phase.together else one)
+    return sum(sizes) if phase.together else max(sizes, default=0)
 
 
 def _bytes(root: Any, small: Small) -> int:

@@ -25,6 +25,7 @@ from umbel.method import Download, Factors
 
 VERSION = 1
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_DEPTH = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
 _SCALE = "|scale"
@@ -115,11 +116,24 @@ def _header(data: bytes, most: int = MAX_HEADER_BYTES) -> dict[str, Any]:
 def _object(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_once)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise WireError(f"{what} is not an object")
     return cast(dict[str, Any], value)
+
+
+def _check_depth(value: Any) -> None:
+    """Deeper JSON would be read, and fail where somebody shows or writes it."""
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        inside = (x for own in level for x in (cast(dict[str, Any], own).values() if isinstance(own, dict) else own))
+        level = [x for x in inside if isinstance(x, (dict, list))]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} times")
 
 
 def _finite(number: str) -> float:

@@ -14,7 +14,10 @@ FOLDER = os.environ.get("HOSTILE_SITE", "")
 
 def attack_of(payload):
     size = int.from_bytes(payload[:8], "little")
-    header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["umbel"])
+    try:
+        header = json.loads(json.loads(payload[8 : 8 + size])["__metadata__"]["umbel"])
+    except ValueError:
+        return "", {}  # it is damaged already
     if header.get("kind") != "train":
         return "", header
     return json.loads(Path(FOLDER, "attack.json").read_text()).get(str(header["round"]), ""), header
@@ -28,11 +31,8 @@ def damaged(name, payload):
     message = wire.decode(payload)
     header, tensors = dict(message.header), dict(message.tensors)
     first = next(iter(tensors))
-    kept = Path(FOLDER, "first-reply")
-    if not kept.exists():
-        kept.write_bytes(payload)
     if name == "old":
-        return kept.read_bytes()
+        return Path(FOLDER, "first-reply").read_bytes()
     if name == "truncated":
         return payload[: len(payload) // 2]
     if name == "pickle":
@@ -69,7 +69,9 @@ def install_worker():
         reply, error = honest(work, job, payload)
         if error:
             return reply, error
-        name, _ = attack_of(reply)
+        name, header = attack_of(reply)
+        if header.get("kind") == "train" and header["round"] == 1:
+            Path(FOLDER, "first-reply").write_bytes(reply)
         if name == "raises":
 
             class Raising:
