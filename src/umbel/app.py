@@ -116,6 +116,9 @@ def main(grid: Grid, context: Context) -> None:
                 # Paths in a run's file are relative to where the command was given, here as in one process.
                 os.chdir(request["path"][0])
                 serve(grid, request["table"], Path(request["folder"]), nodes, listen)
+            except (KeyboardInterrupt, SystemExit):
+                error = f"stopped; finished rounds are kept, go on with: umbel run --resume {request['folder']}"
+                raise
             except BaseException as failure:
                 error = f"{type(failure).__name__}: {failure}"
                 raise

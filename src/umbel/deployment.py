@@ -465,6 +465,15 @@ def _forget_last_time(fleet: superlink.Fleet, folder: Path) -> None:
         fleet.deactivate(node_id)
 
 
+def _check_reachable(fleet: superlink.Fleet, config: SiteConfig) -> None:
+    """Raises Unreachable where the proxy does not answer; unlike `check_let_in` it leaves no line in the SuperLink's log."""
+    try:
+        superlink.request("GET", fleet.address, "/", fleet.context)
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise Unreachable(f"{config.server} cannot be reached: {reason}") from None
+
+
 def _watch(child: "_Child", fleet: superlink.Fleet, config: SiteConfig, folder: Path, say: Say, rows: int | None) -> bool:
     """Waits for a SuperNode's end; returns whether it was online. Says when it is, and while the server cannot be reached."""
     on, lost, asked = False, False, time.monotonic()
@@ -477,15 +486,13 @@ def _watch(child: "_Child", fleet: superlink.Fleet, config: SiteConfig, folder: 
         if time.monotonic() - asked > REMIND_SECONDS:
             asked = time.monotonic()
             try:
-                check_let_in(fleet, config, folder)
+                _check_reachable(fleet, config)
                 if lost:
                     say(f"{config.server} answers again")
                 lost = False
             except Unreachable as error:
                 lost = True
                 say(f"{error}; the SuperNode goes on trying")
-            except DeploymentError as error:
-                say(str(error))
         time.sleep(0.2)
     return on
 

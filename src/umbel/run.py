@@ -429,7 +429,7 @@ def _run_member(
         record.update(state="waiting", waiting=waiting.asked)
         raise
     except BaseException as error:
-        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        state = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         record.update(state=state, error=f"{type(error).__name__}: {error}")
         if isinstance(error, ServerError):
             raise ServerError(f"run {member.label!r}: {error}") from error
