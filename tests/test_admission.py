@@ -173,7 +173,7 @@ class Idle(Client):
         if request.header["kind"] != "train":
             return super().answer(payload)
         factors, merged, plain = self.take(request)
-        self.states = {request.header["keep"]: (factors, merged, plain)}
+        self.states |= {request.header["keep"]: (factors, merged, plain)}
         tensors = {f"{layer}|{name}": factors[layer][name] / 1.3 * 1.3 for layer in factors for name in request.header["sends"]}
         said = {"rows": self.rows, "steps": 4, "loss": 0.1, **{key: request.header[key] for key in wire.ECHO}}
         return wire.encode(wire.Message(said, tensors | wire.pack_plain(plain or {"head": torch.ones(4)})), self.dtype)
