@@ -311,6 +311,19 @@ def test_two_large_ones_of_four_do_not_move_the_measure(tmp_path):
     assert lines_of(tmp_path)[1]["answered"] == [1, 3]
 
 
+# What is said of it
+
+
+def test_a_clients_own_words_give_the_operators_terminal_no_commands(tmp_path):
+    gone = Reply(1, None, "gone \x1b]52;c;cm0=\x07\r\nround 2: all is well\u202e")
+    talking = Talks(engine(clients()), lambda replies: [gone if reply.client == 1 else reply for reply in replies])
+    told = []
+    federate(talking, plan(), Record(tmp_path), told.append)
+    recorded = [line["refused"][0]["reason"] for line in lines_of(tmp_path)[1:]]
+    assert recorded == [event["reason"] for event in told if event.get("event") == "refused"]
+    assert all(reason.startswith("gone  ]52;c;cm0=") and reason.isprintable() for reason in recorded)
+
+
 # Who answers
 
 
