@@ -173,7 +173,7 @@ class Idle(Client):
         if request.header["kind"] != "train":
             return super().answer(payload)
         factors, merged, plain = self.take(request)
-        self.states = {request.header["keep"]: (factors, merged, plain)}
+        self.states |= {request.header["keep"]: (factors, merged, plain)}
         tensors = {f"{layer}|{name}": factors[layer][name] / 1.3 * 1.3 for layer in factors for name in request.header["sends"]}
         said = {"rows": self.rows, "steps": 4, "loss": 0.1, **{key: request.header[key] for key in wire.ECHO}}
         return wire.encode(wire.Message(said, tensors | wire.pack_plain(plain or {"head": torch.ones(4)})), self.dtype)
@@ -309,6 +309,19 @@ def test_two_large_ones_of_four_do_not_move_the_measure(tmp_path):
     huge = after_the_opening(scaled(1e5))
     federate(engine(clients(4), client_0=huge, client_2=huge), plan(clients=[0, 1, 2, 3], rounds=1), Record(tmp_path))
     assert lines_of(tmp_path)[1]["answered"] == [1, 3]
+
+
+# What is said of it
+
+
+def test_a_clients_own_words_give_the_operators_terminal_no_commands(tmp_path):
+    gone = Reply(1, None, "gone \x1b]52;c;cm0=\x07\r\nround 2: all is well\u202e")
+    talking = Talks(engine(clients()), lambda replies: [gone if reply.client == 1 else reply for reply in replies])
+    told = []
+    federate(talking, plan(), Record(tmp_path), told.append)
+    recorded = [line["refused"][0]["reason"] for line in lines_of(tmp_path)[1:]]
+    assert recorded == [event["reason"] for event in told if event.get("event") == "refused"]
+    assert all(reason.startswith("gone  ]52;c;cm0=") and reason.isprintable() for reason in recorded)
 
 
 # Who answers

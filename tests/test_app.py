@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tomli_w
@@ -14,7 +14,7 @@ from flwr.serverapp import ServerApp
 
 import tiny
 from recorded import lines
-from umbel import __version__, app, federation
+from umbel import __version__, app, federation, kit
 from umbel.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +60,21 @@ def test_a_simulation_with_fewer_nodes_than_clients_is_refused_with_the_option_t
     app._check_partitions(3, 3)
     with pytest.raises(ConfigError, match="3 clients, the simulation 2 nodes; add: --federation-config 'num-supernodes=3'"):
         app._check_partitions(3, 2)
+
+
+def test_a_list_of_sites_that_is_no_good_ends_no_run(tmp_path: Path) -> None:
+    federation = kit.init(tmp_path / "kit", "fed.example.org", ["a", "b"])
+    nodes = app.Sites(cast(Any, None), federation)
+    assert nodes.clients == [0, 1]
+    kit.revoke(tmp_path / "kit", "a")
+    assert nodes.clients == [1]
+    good = (federation.folder / "sites.json").read_bytes()
+    for bad in (b"", b"[{}]", good.replace(b'"active"', b'"activ"')):
+        (federation.folder / "sites.json").write_bytes(bad)
+        assert nodes.clients == [1]
+    (federation.folder / "sites.json").write_bytes(good)
+    kit.join(tmp_path / "kit", "c")
+    assert nodes.clients == [1, 2]
 
 
 def run(folder: Path, table: dict[str, Any], engine: str) -> tuple[Path, str]:

@@ -414,6 +414,24 @@ def test_everything_comes_back_after_a_kill_with_the_same_identity(place: Place)
         assert [(node.node_id, node.public_key) for node in place.nodes] == [(node.node_id, node.public_key) for node in before]
 
 
+def test_a_worker_that_was_killed_is_started_again(tmp_path: Path) -> None:
+    kit.init(tmp_path / "kit", "fed.example.org", ["a"])
+    folder, said = tmp_path / "kit" / "a", list[str]()
+    address = folder / "state" / "worker.json"
+    with deployment._locked(folder) as lock, deployment._Children(folder, lock) as children:
+        worker = deployment._Worker(children, folder, said.append)
+        worker.keep()
+        until(address.exists)
+        first = address.read_text()
+        worker.keep()
+        assert said == []
+        children.all[0].process.kill()
+        children.all[0].process.wait(10)
+        worker.keep()
+        until(lambda: address.read_text() != first)
+        assert "the worker ended (code -9)" in said[0]
+
+
 def test_a_site_behind_an_outbound_proxy(tmp_path: Path) -> None:
     """The name is one that this machine cannot find, so all that arrives went through the proxy."""
     place, tunnel = Place(tmp_path, "fed.example.org"), Tunnel()

@@ -619,6 +619,22 @@ def test_a_client_that_failed_in_a_round_starts_the_next_from_what_the_others_st
     assert same(people[0].started[3], people[1].started[3])
 
 
+def test_a_client_whose_upload_is_refused_goes_on_from_what_it_had_before_that_round(tmp_path):
+    people, has = clients(), []
+
+    def change(answer, payload):
+        header = wire.decode(payload).header
+        has.append(header["has"])
+        reply = wire.decode(answer(payload))
+        spoilt = {name: x * math.nan if header["train_round"] == 2 else x for name, x in reply.tensors.items()}
+        return wire.encode(wire.Message(reply.header, spoilt))
+
+    federate(engine(people, client_1=after_the_opening(change)), plan(), Record(tmp_path))
+    assert [line["answered"] for line in lines_of(tmp_path)[1:]] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert has == [-1, 0, 0]  # a state that diverged, kept factors and optimizer included, must not be where it goes on
+    assert same(people[0].started[3], people[1].started[3])
+
+
 @pytest.mark.parametrize(
     "reply",
     [lambda answer, payload: b"", failing],

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ class Sites:
     """The sites of a kit, told apart by their keys, which the SuperLink has checked."""
 
     def __init__(self, grid: Grid, federation: kit.Federation) -> None:
-        self._grid, self._folder = grid, federation.folder
+        self._grid, self._folder, self._sites = grid, federation.folder, federation.sites
 
     @property
     def clients(self) -> list[int]:
@@ -67,8 +67,10 @@ class Sites:
         return {numbers[node.public_key]: node.node_id for node in self._grid.get_nodes() if node.public_key in numbers}
 
     def _numbers(self) -> dict[bytes, int]:
-        # Read each time: sites join and are revoked while a run goes on.
-        return {site.key_bytes: site.number for site in kit.read(self._folder).sites if site.state == "active"}
+        # Read each time: sites join and are revoked while a run goes on. A list that is no good ends no run: what held goes on.
+        with suppress(kit.KitError):
+            self._sites = kit.read(self._folder).sites
+        return {site.key_bytes: site.number for site in self._sites if site.state == kit.ACTIVE}
 
 
 class Partitions:

@@ -131,7 +131,9 @@ class Heard:
                 raise Refused(f"client {client} answered for {key} {got!r:.80}, asked was {key} {asked!r:.80}")
 
     def refuse(self, client: int, reason: str) -> None:
-        self.refused.append({"client": client, "reason": reason[:1000]})
+        # A client's own words are shown on the operator's terminal, where control characters would be commands.
+        text = "".join(c if c.isprintable() else " " for c in reason[:1000])
+        self.refused.append({"client": client, "reason": text})
 
     def arrange(self, asked: list[int]) -> None:
         """Puts all in the order of asking, so that nothing depends on who was faster."""

@@ -345,17 +345,13 @@ def start_site(folder: Path, say: Say = print, **options: str) -> None:
         kit.read_certificate(folder / "ca.crt")
         _flower_command("flower-supernode")
         fleet = superlink.Fleet(config.server, folder / "ca.crt", key)
-        failed, worker = 0, None
+        failed, worker = 0, _Worker(children, folder, say)
         while True:
             _wait_until_let_in(fleet, config, folder, say)
             _forget_last_time(fleet, folder)
-            if worker is None or worker.process.poll() is not None:
-                # It keeps the base model in memory; without it every message loads it anew, in a process of its own.
-                worker = children.start(
-                    "worker", [sys.executable, "-m", "umbel.client.worker", str(folder)], kit.flower_env(folder)
-                )
+            worker.keep()
             child = children.start("site", _supernode_command(folder, config), kit.flower_env(folder))
-            came_online = _watch(child, fleet, config, folder, say, rows)
+            came_online = _watch(child, worker, fleet, config, folder, say, rows)
             failed = 0 if came_online else failed + 1
             if failed == MOST_FAILED_STARTS:
                 raise DeploymentError(f"the SuperNode does not start; its last lines ({child.log}):\n{child.tail()}")
@@ -474,7 +470,26 @@ def _check_reachable(fleet: superlink.Fleet, config: SiteConfig) -> None:
         raise Unreachable(f"{config.server} cannot be reached: {reason}") from None
 
 
-def _watch(child: "_Child", fleet: superlink.Fleet, config: SiteConfig, folder: Path, say: Say, rows: int | None) -> bool:
+class _Worker:
+    """A site's worker, which keeps the base model in memory; without it every message loads it in a process of its own."""
+
+    def __init__(self, children: "_Children", folder: Path, say: Say) -> None:
+        self._children, self._folder, self._say = children, folder, say
+        self._child: _Child | None = None
+
+    def keep(self) -> None:
+        """Starts it where it does not run."""
+        if self._child is not None:
+            if (code := self._child.process.poll()) is None:
+                return
+            self._say(f"the worker ended (code {code}); starting another ({self._child.log} says why, where it could)")
+        command = [sys.executable, "-m", "umbel.client.worker", str(self._folder)]
+        self._child = self._children.start("worker", command, kit.flower_env(self._folder))
+
+
+def _watch(
+    child: "_Child", worker: _Worker, fleet: superlink.Fleet, config: SiteConfig, folder: Path, say: Say, rows: int | None
+) -> bool:
     """Waits for a SuperNode's end; returns whether it was online. Says when it is, and while the server cannot be reached."""
     on, lost, asked = False, False, time.monotonic()
     while child.process.poll() is None:
@@ -485,6 +500,7 @@ def _watch(child: "_Child", fleet: superlink.Fleet, config: SiteConfig, folder: 
             say(f"online: {config.name} at {config.server}, {'the run’s own rows' if rows is None else f'{rows} rows'}")
         if time.monotonic() - asked > REMIND_SECONDS:
             asked = time.monotonic()
+            worker.keep()
             try:
                 _check_reachable(fleet, config)
                 if lost:
@@ -570,6 +586,7 @@ class _Child:
                 self.node_id = int(found[1])
             handler.handle(logging.makeLogRecord({"msg": line}))
         handler.close()
+        self.process.stdout.close()
 
     def tail(self) -> str:
         """The last lines that it wrote."""

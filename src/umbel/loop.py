@@ -130,7 +130,8 @@ def _round(
     except ServerError as error:
         reasons = f" ({heard.reasons()})" if heard.refused else ""
         raise ServerError(f"round {index + 1}: {error}{reasons}") from error
-    for client in heard.replies:
+    # Whose upload was refused goes on from what it had before: its training, and what rounding lost of it, count for nothing.
+    for client in heard.answered:
         server.took(client)
     server.settle(aggregated)
     heard.seconds["server"] += time.perf_counter() - started

@@ -146,7 +146,8 @@ def after(resident: Resident, folder: Path, download: Any) -> set[str]:
     layer, other = list(adapter.layers)[:2]
     lost = {f"{LOST}{name}|{key}": torch.ones(2, 2) for name in (layer, other) for key in ("A", "B")}
     client._keep(
-        {"has": -1, "keep": 0}, {**lost, f"{LOST}plain|head": torch.ones(2, 2), "optimizer|AB|0.step": torch.tensor(3.0)}
+        {"has": -1, "keep": 0, "kind": "train"},
+        {**lost, f"{LOST}plain|head": torch.ones(2, 2), "optimizer|AB|0.step": torch.tensor(3.0)},
     )
     header, tensors = wire.pack({layer: download(adapter.read()[layer])})
     beside = client._take(wire.Message({**header, "has": 0}, tensors))

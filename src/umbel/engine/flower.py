@@ -12,14 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_children_ids_from_object_content
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
 from flwr.superlink.grid import http_grid
 
 from umbel.engine import Ask, Reply
@@ -159,14 +159,18 @@ class Flower:
         return nodes
 
     def _replies(self, sent: dict[str, Ask], until: float) -> Iterator[Reply]:
-        pool = concurrent.futures.ThreadPoolExecutor(PULLERS, thread_name_prefix="umbel-pull")
+        # Threads that only wait for a site to send on are beside the PULLERS.
+        pool = concurrent.futures.ThreadPoolExecutor(max(1, len(sent)), thread_name_prefix="umbel-pull")
         idle, looked = deque(sent), 0
         flying: dict[concurrent.futures.Future[Reply | None], str] = {}
+        pulls: dict[str, _Pull] = {}
+        taking = threading.Semaphore(PULLERS)
         try:
             while (idle or flying) and time.monotonic() < until:
-                while idle and len(flying) < PULLERS:
+                while idle and sum(not pulls[own].aside for own in flying.values()) < PULLERS:
                     identity = idle.popleft()
-                    flying[pool.submit(self._pull, identity, sent[identity], until)] = identity
+                    pulls[identity] = _Pull(sent[identity].most_bytes, until, taking)
+                    flying[pool.submit(self._pull, identity, sent[identity].client, pulls[identity])] = identity
                 for future in concurrent.futures.wait(flying, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED).done:
                     identity, looked = flying.pop(future), looked + 1
                     reply = future.result()
@@ -185,21 +189,36 @@ class Flower:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pull(self, identity: str, ask: Ask, until: float) -> Reply | None:
-        _bound.most_bytes, _bound.until = ask.most_bytes, until
+    def _pull(self, identity: str, client: int, pull: "_Pull") -> Reply | None:
+        _bound.pull = pull
         try:
-            found = list(self._grid.pull_messages([identity]))
+            with pull.taking:
+                found = list(self._grid.pull_messages([identity]))
         except httpx.HTTPError:
             raise  # the SuperLink's failure is nobody's reply
         except Exception as error:
             # Flower's records are a node's bytes, too, and reading them is not ours.
-            return Reply(ask.client, None, f"a malformed reply ({type(error).__name__})")
+            return Reply(client, None, f"a malformed reply ({type(error).__name__})")
         replies = (message for message in found if message.metadata.reply_to_message_id == identity)
-        return next((reply_of(ask.client, message) for message in replies), None)
+        return next((reply_of(client, message) for message in replies), None)
+
+
+@dataclass
+class _Pull:
+    """What one reply may take, until when (`time.monotonic`), its turn, and whether it gave that up until all is there."""
+
+    most_bytes: int
+    until: float
+    taking: threading.Semaphore
+    aside: bool = False
+
+
+class _Incomplete(Exception):
+    """A part of a reply is not there yet."""
 
 
 _bound = threading.local()
-"""What the pull that runs in this thread may take: "most_bytes", and "until" when."""
+"""The `pull` that runs in this thread; none where somebody else uses Flower's grid."""
 
 
 def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
@@ -208,22 +227,45 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes],
     A reply is refused while it arrives, before more than its bound is in memory. An array lists its chunks by number and may
     list one a million times, so its length is added up before Flower joins the chunks.
     """
-    most, allowed = _bound.most_bytes + ENVELOPE_BYTES, f"allowed: {_bound.most_bytes} bytes"
+    bound: _Pull | None = getattr(_bound, "pull", None)
+    if bound is None:
+        return pull_objects(object_ids, pull_object_fn, **options)
+    most, allowed = bound.most_bytes + ENVELOPE_BYTES, f"allowed: {bound.most_bytes} bytes"
     parts = 64 + most // CHUNK_BYTES
     if len(object_ids) > parts:
         raise ObjectPullError(object_ids[0], f"a reply of {len(object_ids)} parts, {allowed}")
-    taken = 0
 
-    def pull(object_id: str) -> bytes:
-        nonlocal taken
-        content = pull_object_fn(object_id)
-        taken += len(content)
-        if taken > most:
-            raise ObjectPullError(object_id, f"the reply is longer than {taken - len(content)} bytes, {allowed}")
-        return content
+    def take(keep: bool) -> dict[str, bytes]:
+        taken = 0
 
-    left = max(1.0, _bound.until - time.monotonic())
-    contents = pull_objects(object_ids, pull, **{**options, "max_time": left, "max_tries_per_object": None})
+        def pull(object_id: str) -> bytes:
+            nonlocal taken
+            try:
+                content = pull_object_fn(object_id)
+            except ObjectUnavailableError:
+                if keep:
+                    raise _Incomplete from None
+                raise
+            taken += len(content)
+            if taken > most:
+                raise ObjectPullError(object_id, f"the reply is longer than {taken - len(content)} bytes, {allowed}")
+            return content if keep else b""
+
+        left = max(1.0, bound.until - time.monotonic())
+        return pull_objects(object_ids, pull, **{**options, "max_time": left, "max_tries_per_object": None})
+
+    try:
+        contents = take(keep=True)
+    except _Incomplete:
+        # A site that dies or dallies while it sends must not hold up the others, nor what it sent so far fill our memory.
+        bound.aside = True
+        bound.taking.release()
+        try:
+            take(keep=False)
+        finally:
+            bound.aside = False
+            bound.taking.acquire()
+        contents = take(keep=True)
     for object_id, content in contents.items():
         if content.startswith(b"Array "):
             length = _joined(content, contents)
