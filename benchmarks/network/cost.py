@@ -288,7 +288,8 @@ def _model(folder: Path, name: str) -> str:
 
 def alone(kind: str, asked: Table) -> Table:
     """Returns what a process of its own measured (see alone.py)."""
-    with _environment(OMP_NUM_THREADS=str(asked.get("threads", 1))):
+    # Ray gives way to all other work of a machine (nice 15) unless told otherwise; umbel's one process does not.
+    with _environment(OMP_NUM_THREADS=str(asked.get("threads", 1)), RAY_worker_niceness="0"):
         return json.loads(_checked([sys.executable, str(HERE / "alone.py"), kind, json.dumps(asked)]).splitlines()[-1])
 
 

@@ -48,6 +48,17 @@ def stages(told: Table) -> list[Row]:
     return rows
 
 
+def work(told: Table) -> list[Row]:
+    """Seconds of processor time of a whole job, opening and end included, by process; all of a kind together."""
+    rows = [["up per site", "", *PROCESSES, "sum"]]
+    for case in told["sites"]["cases"]:
+        size = words.size(case["turns"][0]["sizes"][-1][1])
+        for by in ("umbel", "echo"):
+            found = [statistics.median(turn[by]["cpu"].get(process, 0.0) for turn in case["turns"]) for process in PROCESSES]
+            rows.append([size, by, *(f"{x:.1f}" for x in found), f"{sum(found):.1f}"])
+    return rows
+
+
 def processes(told: Table) -> list[Row]:
     """Peak memory of each process by payload; of several of a kind the largest."""
     cases = told["sites"]["cases"]
@@ -145,13 +156,14 @@ def _around(found: Any) -> Any:
 KINDS: dict[str, Callable[[Table], list[Row] | str]] = {
     "overhead": overhead,
     "stages": stages,
+    "work": work,
     "processes": processes,
     "server": server,
     "simulated": simulated,
     "flower": flower,
     "machine": machine,
 }
-NEEDED = {"overhead": "sites", "stages": "sites", "processes": "sites", "server": "memory"}
+NEEDED = {"overhead": "sites", "stages": "sites", "work": "sites", "processes": "sites", "server": "memory"}
 
 
 def rendered(text: str, results: Path = HERE / "results") -> str:
