@@ -100,14 +100,17 @@ def simulated(told: Table) -> list[Row]:
 
 def flower(told: Table) -> list[Row]:
     """The same work as Flower's LoRA examples do it."""
-    heads = ["cores", "umbel, s", "Flower's pattern, s", "Flower / umbel", "first loss", "theirs", "last loss", "theirs"]
+    heads = ["umbel, s", "Flower's pattern, s", "ratio", "umbel, s of work", "Flower's", "ratio"]
+    heads += ["first loss", "theirs", "last loss", "theirs"]
     rows = [["model", "clients", "steps × rows", *heads]]
     for case in told["flower"]["cases"]:
         own, theirs = _rounds(case, "umbel"), _rounds(case, "flower")
-        ratio = statistics.median(theirs) / statistics.median(own)
-        about = [case["model"], str(case["clients"]), f"{case['steps']} × {case['batch']}", str(case["cores"])]
+        work = [[x for turn in case["turns"] for x in turn[by]["cpu"]] for by in ("umbel", "flower")]
+        ratios = [f"{statistics.median(b) / statistics.median(a):.1f}" for a, b in ((own, theirs), (work[0], work[1]))]
+        about = [case["model"], str(case["clients"]), f"{case['steps']} × {case['batch']}"]
         losses = [f"{case['turns'][0][by]['loss'][at]:.3f}" for at in (0, -1) for by in ("umbel", "flower")]
-        rows.append([*about, _spread(own, 2), _spread(theirs, 2), f"{ratio:.1f}", *losses])
+        spreads = [_spread(values, 2) for values in (own, theirs, *work)]
+        rows.append([*about, *spreads[:2], ratios[0], *spreads[2:], ratios[1], *losses])
     return rows
 
 
