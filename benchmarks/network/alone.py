@@ -147,6 +147,5 @@ def _peak() -> int:
 KINDS: dict[str, Callable[[Asked], Asked]] = {"run": run, "pattern": pattern, "round": one_round, "model": model}
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    torch.set_num_threads(given.pop("threads", 1))
-    print(json.dumps(KINDS[sys.argv[1]](given)))
+    torch.set_num_threads(1)
+    print(json.dumps(KINDS[sys.argv[1]](json.loads(sys.argv[2]))))

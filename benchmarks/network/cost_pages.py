@@ -134,7 +134,7 @@ def machine(told: Table) -> str:
 
 def _rounds(case: Table, by: str) -> list[float]:
     """Returns the seconds of every round of all turns; of Flower's pattern and what stands beside it without the first."""
-    first = 1 if "cores" in case else 0
+    first = 1 if by == "flower" or "steps" in case else 0
     return [seconds for turn in case["turns"] for seconds in turn[by]["rounds"][first:]]
 
 
