@@ -47,7 +47,7 @@ class Work:
     batch: int
     learning_rate: float
     rounds: int
-    at_a_time: int
+    at_a_time: int = 1
 
 
 def run(work: Work) -> dict[str, Any]:
