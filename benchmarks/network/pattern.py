@@ -32,7 +32,6 @@ class Work:
         files: One JSONL file of rows per client.
         task: "classification" (columns text and label) or "instruction" (prompt and reply).
         labels: Names of the classes.
-        at_a_time: Clients that Ray runs side by side, on one core each.
     """
 
     model: str
@@ -47,7 +46,6 @@ class Work:
     batch: int
     learning_rate: float
     rounds: int
-    at_a_time: int = 1
 
 
 def run(work: Work) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def run(work: Work) -> dict[str, Any]:
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        backend = {"client_resources": {"num_cpus": 1.0}, "init_args": {"num_cpus": work.at_a_time}}
+        backend = {"client_resources": {"num_cpus": 1.0}, "init_args": {"num_cpus": 1}}
         run_simulation(server, client, len(work.files), backend_config=backend)  # type: ignore[arg-type]
     seconds = time.perf_counter() - began
     if len(losses) != work.rounds:
