@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ Asked = dict[str, Any]
 
 
 def run(asked: Asked) -> Asked:
-    """Runs a job with --engine local or ray and without baselines; returns what its record says of every round."""
+    """Runs a job with --engine local or ray and without baselines; returns what its record says of every round.
+
+    With local also "cpu", the seconds that this process worked from one round's last answer to the next one's; not the first's.
+    """
     folder = Path(asked["folder"])
+    worked: dict[int, float] = {}
+
+    def listen(event: Asked) -> None:
+        if event["event"] == "round":
+            worked[event["round"]] = time.process_time()
+
     began = time.perf_counter()
     if asked["engine"] == "ray":
         from umbel import app
@@ -36,7 +46,7 @@ def run(asked: Asked) -> Asked:
     else:
         from umbel import run as running
 
-        running.run(asked["table"], folder, baselines=False)
+        running.run(asked["table"], folder, listen, baselines=False)
     seconds = time.perf_counter() - began
     lines = Record(folder).lines()
     clients = len(lines[0]["answered"])
@@ -47,6 +57,7 @@ def run(asked: Asked) -> Asked:
         "seconds": seconds,
         "rounds": [line["seconds"]["total"] for line in training],
         "stages": [line["seconds"] for line in training],
+        "cpu": [after - before for before, after in pairwise(worked.values())] if asked["engine"] == "local" else [],
         "loss": [sum(line["loss"].values()) / len(line["loss"]) for line in training],
         "bytes_up": max(max(line["bytes_up"].values()) for line in training),
     }
@@ -136,6 +147,5 @@ def _peak() -> int:
 KINDS: dict[str, Callable[[Asked], Asked]] = {"run": run, "pattern": pattern, "round": one_round, "model": model}
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    torch.set_num_threads(given.pop("threads", 1))
-    print(json.dumps(KINDS[sys.argv[1]](given)))
+    torch.set_num_threads(1)
+    print(json.dumps(KINDS[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -48,6 +48,17 @@ def stages(told: Table) -> list[Row]:
     return rows
 
 
+def work(told: Table) -> list[Row]:
+    """Seconds of processor time of a whole job, opening and end included, by process; all of a kind together."""
+    rows = [["up per site", "", *PROCESSES, "sum"]]
+    for case in told["sites"]["cases"]:
+        size = words.size(case["turns"][0]["sizes"][-1][1])
+        for by in ("umbel", "echo"):
+            found = [statistics.median(turn[by]["cpu"].get(process, 0.0) for turn in case["turns"]) for process in PROCESSES]
+            rows.append([size, by, *(f"{x:.1f}" for x in found), f"{sum(found):.1f}"])
+    return rows
+
+
 def processes(told: Table) -> list[Row]:
     """Peak memory of each process by payload; of several of a kind the largest."""
     cases = told["sites"]["cases"]
@@ -89,14 +100,17 @@ def simulated(told: Table) -> list[Row]:
 
 def flower(told: Table) -> list[Row]:
     """The same work as Flower's LoRA examples do it."""
-    heads = ["cores", "umbel, s", "Flower's pattern, s", "Flower / umbel", "first loss", "theirs", "last loss", "theirs"]
+    heads = ["umbel, s", "Flower's pattern, s", "ratio", "umbel, s of work", "Flower's", "ratio"]
+    heads += ["first loss", "theirs", "last loss", "theirs"]
     rows = [["model", "clients", "steps × rows", *heads]]
     for case in told["flower"]["cases"]:
         own, theirs = _rounds(case, "umbel"), _rounds(case, "flower")
-        ratio = statistics.median(theirs) / statistics.median(own)
-        about = [case["model"], str(case["clients"]), f"{case['steps']} × {case['batch']}", str(case["cores"])]
+        work = [[x for turn in case["turns"] for x in turn[by]["cpu"]] for by in ("umbel", "flower")]
+        ratios = [f"{statistics.median(b) / statistics.median(a):.1f}" for a, b in ((own, theirs), (work[0], work[1]))]
+        about = [case["model"], str(case["clients"]), f"{case['steps']} × {case['batch']}"]
         losses = [f"{case['turns'][0][by]['loss'][at]:.3f}" for at in (0, -1) for by in ("umbel", "flower")]
-        rows.append([*about, _spread(own, 2), _spread(theirs, 2), f"{ratio:.1f}", *losses])
+        spreads = [_spread(values, 2) for values in (own, theirs, *work)]
+        rows.append([*about, *spreads[:2], ratios[0], *spreads[2:], ratios[1], *losses])
     return rows
 
 
@@ -120,7 +134,7 @@ def machine(told: Table) -> str:
 
 def _rounds(case: Table, by: str) -> list[float]:
     """Returns the seconds of every round of all turns; of Flower's pattern and what stands beside it without the first."""
-    first = 1 if "cores" in case else 0
+    first = 1 if by == "flower" or "steps" in case else 0
     return [seconds for turn in case["turns"] for seconds in turn[by]["rounds"][first:]]
 
 
@@ -145,13 +159,14 @@ def _around(found: Any) -> Any:
 KINDS: dict[str, Callable[[Table], list[Row] | str]] = {
     "overhead": overhead,
     "stages": stages,
+    "work": work,
     "processes": processes,
     "server": server,
     "simulated": simulated,
     "flower": flower,
     "machine": machine,
 }
-NEEDED = {"overhead": "sites", "stages": "sites", "processes": "sites", "server": "memory"}
+NEEDED = {"overhead": "sites", "stages": "sites", "work": "sites", "processes": "sites", "server": "memory"}
 
 
 def rendered(text: str, results: Path = HERE / "results") -> str:
