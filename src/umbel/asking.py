@@ -14,7 +14,7 @@ from umbel.engine import Ask, Engine, Reply
 from umbel.method import Method
 from umbel.server import MOST_ROWS, Refused, Server, ServerError
 
-MOST_OPENING_BYTES = 16 * 2**20
+MOST_OPENING_BYTES = 4 * 2**20
 """Of a reply to the opening, which holds names and numbers only."""
 
 MOST_LOST_BYTES = 4096

@@ -123,7 +123,7 @@ def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | No
     from umbel import config, federation
 
     if table is None:
-        server = server or federation.find(folder).federation.folder
+        server = server or federation.find(folder, submitted=False).federation.folder
         table = federation.table_of(folder)
     if server is None:
         raise config.ConfigError(

@@ -68,6 +68,7 @@ def start_server(folder: Path, say: Say = print) -> None:
         KitError: The folder is no server's, or a key in it is readable by others.
         DeploymentError: nginx or flwr is missing, a port is taken, or one of the processes ended by itself.
     """
+    os.umask(0o077)  # databases, logs and state are nobody else's
     federation = kit.read(folder)
     nginx = _nginx()
     _check_server(federation, say)
@@ -78,7 +79,9 @@ def start_server(folder: Path, say: Say = print) -> None:
         control = superlink.Control(address, federation.ca)
         children.wait_for(control.healthy, "SuperLink does not answer")
         seen = _changed(federation)
-        sync(federation)
+        for line in sync(federation):
+            if line.startswith("NOT"):
+                say(line)
         (federation.folder / "proxy").mkdir(mode=0o700, exist_ok=True)
         configuration = nginx_configuration(federation, address).encode()
         kit.write_file(federation.folder / "proxy" / "nginx.conf", configuration, 0o600)
@@ -116,8 +119,8 @@ def sync(federation: Federation) -> list[str]:
         if key not in nodes:
             done.append(f"let in: {site.name} as node {control.register(key, site.name)}")
         elif nodes[key].status == superlink.UNREGISTERED:
-            raise DeploymentError(
-                f"site {site.name!r}: its key was revoked or replaced before, and a SuperLink never takes one back; "
+            done.append(
+                f"NOT let in: {site.name}, whose key was revoked or replaced before, and a SuperLink never takes one back; "
                 f"run: umbel kit rotate {site.name}"
             )
     return done
@@ -192,7 +195,7 @@ http {{
     scgi_temp_path unused-scgi;
 
     # Flower sends what is large in pieces of 5 MB; a message without its tensors is far smaller than that.
-    client_max_body_size 16m;
+    client_max_body_size 8m;
     client_body_timeout 60s;
     client_header_timeout 20s;
     keepalive_timeout 75s;
@@ -332,6 +335,7 @@ def start_site(folder: Path, say: Say = print, **options: str) -> None:
         KitError: The folder is no site's, a file is missing or readable by others.
         DeploymentError: The server is another one than this folder's, or does not know its key; flwr is missing.
     """
+    os.umask(0o077)
     folder = folder.resolve()
     kit.read_site(folder)
     with _locked(folder) as lock, _Children(folder, lock) as children, _stopping():
@@ -369,7 +373,11 @@ def check_let_in(fleet: superlink.Fleet, config: SiteConfig, folder: Path) -> No
     try:
         answer = fleet.probe()
     except ssl.SSLCertVerificationError as error:
-        raise DeploymentError(_bad_certificate(error, config.server, folder)) from None
+        try:
+            message = _bad_certificate(error, config.server, folder)
+        except OSError as gone:
+            raise Unreachable(f"{config.server} cannot be reached: {gone.strerror or gone}") from None
+        raise DeploymentError(message) from None
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise Unreachable(f"{config.server} cannot be reached: {reason}") from None

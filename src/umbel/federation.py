@@ -31,6 +31,8 @@ CHECK_SECONDS = 15
 MOST_FAILURES = 3
 """Looks in a row at which the SuperLink may be away, as it is when it is started again."""
 
+COMMAND_SECONDS = 120
+
 APP = {
     "project": {"name": "umbel-app", "version": __version__, "license": "Apache-2.0", "dependencies": []},
     "tool": {
@@ -99,8 +101,8 @@ def submit(table: dict[str, Any], folder: Path, server: Path) -> Submitted:
     return Submitted(folder, federation, number)
 
 
-def find(folder: Path) -> Submitted:
-    """Returns a job that was submitted.
+def find(folder: Path, submitted: bool = True) -> Submitted:
+    """Returns a job that was submitted, or only prepared where that will do.
 
     Raises:
         FederationError: The folder's job was not given to a federation.
@@ -109,6 +111,8 @@ def find(folder: Path) -> Submitted:
     if not path.is_file():
         raise FederationError(f"{folder} holds no job that was given to a federation; give the folder that `umbel run` named")
     request = json.loads(path.read_text(encoding="utf-8"))
+    if submitted and request.get("number") is None:
+        raise FederationError(f"{folder}: the job was prepared and never submitted; go on with: umbel run --resume {folder}")
     return Submitted(folder, kit.read(Path(request["federation"])), str(request["number"]))
 
 
@@ -128,7 +132,14 @@ def flwr(federation: kit.Federation, *arguments: str) -> dict[str, Any]:
         FederationError: It failed; its own words are in the message.
     """
     command = [sys.executable, "-m", "flwr.cli.app", *arguments, "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **federation.env}, timeout=120)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **federation.env}, timeout=COMMAND_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise FederationError(
+            f"`flwr {arguments[0]}` has no answer from {federation.superlink} after {COMMAND_SECONDS} s"
+        ) from None
     try:
         told = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:

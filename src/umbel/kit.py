@@ -4,6 +4,8 @@ Identity is a key pair. A kit depends on no version of the software and holds no
 """
 
 import base64
+import fcntl
+import functools
 import hashlib
 import ipaddress
 import json
@@ -12,6 +14,7 @@ import re
 import stat
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -94,6 +97,22 @@ class SiteConfig:
 # Making and changing kits
 
 
+def _alone(change: Callable[..., Site]) -> Callable[..., Site]:
+    """Has one process at a time change a kit's sites; a second one is refused."""
+
+    @functools.wraps(change)
+    def alone(kit: Path, *arguments: Any, **options: Any) -> Site:
+        read(kit / "server")
+        with (kit / "server" / ".changing").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise KitError(f"{kit}: another `umbel kit` command is changing it; try again when it has ended") from None
+            return change(kit, *arguments, **options)
+
+    return alone
+
+
 def init(out: Path, server: str, names: list[str]) -> Federation:
     """Makes a kit: `out`/ca, `out`/server and a folder per site. `server` is host or host:port, as sites dial it.
 
@@ -125,6 +144,7 @@ def init(out: Path, server: str, names: list[str]) -> Federation:
     return read(folder)
 
 
+@_alone
 def join(kit: Path, name: str, public_key: Path | None = None) -> Site:
     """Adds a site to `kit`/server/sites.json and makes its folder, without a key where it sends its public one."""
     _check_name(name)
@@ -144,6 +164,7 @@ def join(kit: Path, name: str, public_key: Path | None = None) -> Site:
     return site
 
 
+@_alone
 def rotate(kit: Path, name: str, public_key: Path | None = None) -> Site:
     """Gives a site a new key pair, or takes the public key of one that it made itself; the old key is refused from then on."""
     federation = read(kit / "server")
@@ -158,6 +179,7 @@ def rotate(kit: Path, name: str, public_key: Path | None = None) -> Site:
     return site
 
 
+@_alone
 def revoke(kit: Path, name: str) -> Site:
     """Shuts a site out for ever. Its number stays its own."""
     federation = read(kit / "server")

@@ -7,7 +7,7 @@ from typing import Any
 
 from umbel import preflight, wire
 from umbel.asking import Heard, Plan, check_quorum, counted, in_order, read, rows_of
-from umbel.engine import Engine
+from umbel.engine import NO_REPLY, Engine
 from umbel.method import taking_mixed_ranks
 from umbel.server import LayerShape, Refused, Server, ServerError
 
@@ -101,6 +101,8 @@ def join(engine: Engine, plan: Plan, server: Server, rows: dict[int, int], barre
         for layer in server.layers:
             server.note_rank(client, layer, ranks[layer])
     barred |= set(opening.replies) - set(rows)
+    # Who is connected and silent for a whole deadline would cost every later round another one.
+    barred |= {refused["client"] for refused in opening.refused if refused["reason"].startswith(NO_REPLY)}
     heard.add(opening)
 
 

@@ -23,6 +23,10 @@ IDLE_SECONDS = 900
 """After which a worker without requests lets its model go."""
 
 
+MOST_SECONDS = 86_400
+"""For an answer of the worker, where the job does not say when the server stops waiting."""
+
+
 def answer(folder: Path, job: Mapping[str, Any], payload: bytes) -> tuple[bytes, str]:
     """Returns a site's reply to a request, or the reason why there is none; one of the two is empty.
 
@@ -35,6 +39,9 @@ def answer(folder: Path, job: Mapping[str, Any], payload: bytes) -> tuple[bytes,
         with _connect(folder) as link:
             link.send_bytes(json.dumps(job).encode())
             link.send_bytes(payload)
+            seconds = job.get("seconds")
+            if not link.poll(seconds if isinstance(seconds, (int, float)) else MOST_SECONDS):
+                return b"", f"the site's worker has no answer after {seconds} seconds"
             return link.recv_bytes(), link.recv_bytes().decode()
     except (OSError, EOFError, ValueError, AuthenticationError):
         # No worker, or it was killed while it worked; what it had not made durable is done again.

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+NO_REPLY = "no reply within"
+"""Begins the reason of a client that got its request and was silent until the deadline."""
+
 
 @dataclass(frozen=True)
 class Ask:

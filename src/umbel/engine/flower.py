@@ -22,7 +22,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_body, get_obj
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
 from flwr.superlink.grid import http_grid
 
-from umbel.engine import Ask, Reply
+from umbel.engine import NO_REPLY, Ask, Reply
 
 if TYPE_CHECKING:
     from umbel.engine.flower_strategy import as_strategy as as_strategy
@@ -126,7 +126,8 @@ class Flower:
         job: Mapping[str, Any],
         deadline: float,
     ) -> None:
-        self._grid, self._nodes, self._everyone, self._job, self._deadline = grid, nodes, everyone, job, deadline
+        self._grid, self._nodes, self._everyone, self._deadline = grid, nodes, everyone, deadline
+        self._job = {**job, "seconds": deadline}
         self._last: set[int] | None = None
         setattr(http_grid, "pull_objects", _pull_objects)  # noqa: B010
 
@@ -185,8 +186,10 @@ class Flower:
                     looked = 0
                     time.sleep(POLL_SECONDS)
             for ask in sent.values():
-                yield Reply(ask.client, None, f"no reply within {self._deadline:g} seconds (server.round_deadline)")
+                yield Reply(ask.client, None, f"{NO_REPLY} {self._deadline:g} seconds (server.round_deadline)")
         finally:
+            for pull in pulls.values():
+                pull.until = 0  # so that no thread keeps this process from ending
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _pull(self, identity: str, client: int, pull: "_Pull") -> Reply | None:
@@ -194,8 +197,12 @@ class Flower:
         try:
             with pull.taking:
                 found = list(self._grid.pull_messages([identity]))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+            return Reply(client, None, f"a reply that the SuperLink cannot hand out ({error.response.status_code})")
         except httpx.HTTPError:
-            raise  # the SuperLink's failure is nobody's reply
+            raise  # a SuperLink that is not there is nobody's reply
         except Exception as error:
             # Flower's records are a node's bytes, too, and reading them is not ours.
             return Reply(client, None, f"a malformed reply ({type(error).__name__})")
@@ -240,6 +247,8 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes],
 
         def pull(object_id: str) -> bytes:
             nonlocal taken
+            if time.monotonic() > bound.until:
+                raise ObjectPullError(object_id, "the deadline is over")
             try:
                 content = pull_object_fn(object_id)
             except ObjectUnavailableError:
