@@ -26,7 +26,7 @@ test: .venv/.train .venv/.test .venv/.assets lint
 
 # Real federations on this machine, over TLS: needs nginx. As root and with iproute2 the second has network namespaces.
 test-network: .venv/.train .venv/.test .venv/.assets
-	$(BIN)/python -m pytest -m network tests/network
+	$(BIN)/python -m pytest -m network
 	$(BIN)/python examples/deployment/deploy.py
 
 lint: .venv/.train .venv/.test

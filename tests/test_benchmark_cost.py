@@ -46,13 +46,13 @@ def test_the_tables_of_the_page_are_those_of_the_result_file():
     assert "Not measured yet" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_a_part_that_is_measured_later_leaves_the_others(results):
     assert list(results) == ["memory", "simulated", "flower"]
     assert all(part["provenance"]["versions"]["flwr"] for part in results.values())
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_memory_is_measured_for_methods_of_both_kinds_and_uploads_are_as_large_as_their_factors(results):
     cases = results["memory"]["cases"]
     assert [(case["method"], case["error"], case["clients"]) for case in cases] == [
@@ -65,7 +65,7 @@ def test_memory_is_measured_for_methods_of_both_kinds_and_uploads_are_as_large_a
         assert case["grown"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_both_engines_are_timed_over_the_same_rounds_with_the_same_losses(results):
     local, ray = results["simulated"]["cases"]
     assert (local["engine"], ray["engine"]) == ("local", "ray")
@@ -75,7 +75,7 @@ def test_both_engines_are_timed_over_the_same_rounds_with_the_same_losses(result
         assert 0 < sum(case["rounds"]) < case["seconds"]
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_flowers_pattern_does_the_work_that_umbel_does(results):
     (case,) = results["flower"]["cases"]
     (turn,) = case["turns"]
@@ -86,7 +86,7 @@ def test_flowers_pattern_does_the_work_that_umbel_does(results):
     assert turn["umbel"]["loss"] == pytest.approx(turn["flower"]["loss"], abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_the_page_can_be_made_of_the_results(results, tmp_path):
     (tmp_path / "cost.json").write_text(json.dumps(results), encoding="utf-8")
     text = (ROOT / "docs" / "network-cost.md").read_text(encoding="utf-8")
