@@ -108,10 +108,12 @@ def main(grid: Grid, context: Context) -> None:
         sys.path[:0] = request["path"]
         nodes = Sites(grid, kit.read(Path(request["federation"])))
         number = str(context.run_id)
+        names = {site.number: site.name for site in kit.read(Path(request["federation"])).sites}
         with Path(request["events"]).open("a", encoding="utf-8") as log:
 
             def listen(event: dict[str, Any]) -> None:
-                print(json.dumps({"time": time.time(), "number": number, **event}), file=log, flush=True)
+                who = {"site": names[event["client"]]} if event.get("client") in names else {}
+                print(json.dumps({"time": time.time(), "number": number, **event, **who}), file=log, flush=True)
 
             error = ""
             try:

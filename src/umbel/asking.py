@@ -282,7 +282,7 @@ def check_quorum(plan: Plan, where: str, asked: list[int], heard: Heard) -> None
     least = f"server.min_clients = {plan.min_clients}" if plan.min_clients else "server.min_clients = 0, half of them"
     raise ServerError(
         f"{where}: {who} of {len(asked)}, wanted: {wanted} ({least}). "
-        f"Missing: {heard.reasons()}. Finished rounds are kept; with the clients back, go on with `umbel run --resume`"
+        f"Left out: {heard.reasons()}. Finished rounds are kept; with the clients back, go on with `umbel run --resume`"
     )
 
 

@@ -23,6 +23,19 @@ app.add_typer(cli_federation.kit_app, name="kit")
 app.add_typer(cli_federation.server_app, name="server")
 app.add_typer(cli_federation.site_app, name="site")
 
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version, which sites and server share.")] = False,
+) -> None:
+    """Federated LoRA fine-tuning of language models: adapters aggregated right, and the error said out loud."""
+    if version:
+        from umbel import __version__
+
+        typer.echo(f"umbel {__version__}")
+        raise typer.Exit
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SetFlag = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file.")]
 
@@ -68,8 +81,10 @@ def run(
         _find_own_modules()
         if (file is None) == (resume is None):
             raise config.ConfigError("give a TOML file, or --resume DIR; one of the two")
-        if resume is not None and (assignments or out is not None):
-            raise config.ConfigError("--resume goes on with the run's own configuration; --set and --out are not for it")
+        if resume is not None and out is not None:
+            raise config.ConfigError("--resume goes on in the run's own folder; --out is not for it")
+        if resume is not None and assignments:
+            running.adjust(resume, assignments)
         folder = resume or out or running.free_folder(Path("runs") / (file or Path()).stem)
         table = None if file is None else config.read(file, assignments)
         if resume is None and running.is_job(folder):
@@ -125,6 +140,9 @@ def _run_federated(table: dict[str, Any] | None, folder: Path, server: Path | No
     if table is None:
         server = server or federation.find(folder, submitted=False).federation.folder
         table = federation.table_of(folder)
+        if federation.is_done(folder):
+            _print_result(folder, as_json)
+            return
     if server is None:
         raise config.ConfigError(
             "--engine flower needs --federation DIR, the kit's server folder (see `umbel kit init --help`)"
@@ -513,7 +531,8 @@ class _Drawing:
         elif kind == "note":
             self.console.print(event["text"], markup=False, highlight=False)
         elif kind == "refused":
-            text = f"round {event['round']}: left out client {event['client']}: {event['reason']}"
+            who = f"client {event['client']}" + (f" ({event['site']})" if "site" in event else "")
+            text = f"round {event['round']}: left out {who}: {event['reason']}"
             self.console.print(text, markup=False, highlight=False)
         elif kind == "split":
             self.console.print(_split_table(event["manifest"]))

@@ -190,10 +190,12 @@ def export_reply(
 ) -> None:
     """Answer one request without any network: check its signature, train, sign the reply. Options are noted for the next."""
     with _told():
-        from umbel import kit, offline
+        from umbel import deployment, kit, offline
 
         given = {key: value for key, value in (("data", data), ("test", test), ("model", model)) if value is not None}
-        kept = {key: value if _is_name(key, value) else str(Path(value).expanduser().resolve()) for key, value in given.items()}
+        kept = {key: kit.placed(key, value, Path.cwd()) for key, value in given.items()}
+        for key, value in kept.items():
+            deployment.check_option(key, value)
         if kept:
             kit.update_site(folder, **kept)
         head = offline.answer(folder, file, out, _steps)
@@ -290,11 +292,6 @@ def _events(event: dict[str, Any]) -> None:
 def _steps(client: int, step: int, steps: int) -> None:
     if step == steps:
         typer.echo(f"trained {steps} steps", err=True)
-
-
-def _is_name(key: str, value: str) -> bool:
-    """True where an option of a site is no path: rows of the run, or a package's file."""
-    return value.startswith("pkg:") or (key == "data" and value == "run")
 
 
 def _settle(kit_folder: Path) -> None:

@@ -73,6 +73,7 @@ def start_server(folder: Path, say: Say = print) -> None:
     nginx = _nginx()
     _check_server(federation, say)
     with _locked(federation.folder) as lock, _Children(federation.folder, lock) as children, _stopping():
+        _check_port(federation)
         address = _superlink_address(federation)
         kit.write_flower_config(federation, address)
         children.start("superlink", _superlink_command(federation, address), federation.env)
@@ -271,6 +272,18 @@ def _flower_command(name: str) -> None:
         raise DeploymentError(f"{name} is missing; install umbel with its federation extra: pip install 'umbel[federation]'")
 
 
+def _check_port(federation: Federation) -> None:
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", federation.port))
+        except OSError as error:
+            raise DeploymentError(
+                f"port {federation.port} of this machine is not to be had: {error.strerror}; end what listens there, or give "
+                f"another `port` in {federation.folder / 'federation.toml'} (and `server`, if sites shall dial it)"
+            ) from None
+
+
 def _superlink_address(federation: Federation) -> str:
     """The port of the last start where it is free, so that what looks at the server need not learn a new one."""
     if federation.superlink:
@@ -342,7 +355,7 @@ def start_site(folder: Path, say: Say = print, **options: str) -> None:
         # The working directory is this start's; the next one may have another.
         options = {key: kit.placed(key, value, Path.cwd()) for key, value in options.items()}
         for key, value in options.items():
-            _check_option(key, value)
+            check_option(key, value)
         config = kit.update_site(folder, **options)
         rows = _count(config)
         key = kit.read_private_key(folder / "site.key")
@@ -421,9 +434,9 @@ def _is_object(value: Any) -> bool:
     return True
 
 
-def _check_option(key: str, value: str) -> None:
-    """Checks a file before it is noted, so that a mistyped name does not take a good one's place."""
-    if value.startswith("pkg:") or value == kit.RUN_ROWS:
+def check_option(key: str, value: str) -> None:
+    """Checks a file before it is noted, so that a mistyped name does not take a good one's place; "" takes one away."""
+    if value.startswith("pkg:") or value == kit.RUN_ROWS or not value:
         return
     if key == "model" and not Path(value).exists():
         raise KitError(f"--model: no folder {value!r}; give the base model's, or leave it out to use what the run names")
@@ -485,6 +498,11 @@ class _Worker:
         self._children, self._folder, self._say = children, folder, say
         self._child: _Child | None = None
 
+    def tell(self) -> None:
+        """Says what it could not do; the operator is told less, since the reason may hold rows."""
+        while self._child is not None and self._child.failed:
+            self._say(f"{self._child.failed.popleft()} (more in {self._child.log})")
+
     def keep(self) -> None:
         """Starts it where it does not run."""
         if self._child is not None:
@@ -506,6 +524,7 @@ def _watch(
             (folder / "state").mkdir(mode=0o700, exist_ok=True)
             kit.write_file(folder / "state" / "node_id", str(child.node_id).encode(), 0o600)
             say(f"online: {config.name} at {config.server}, {'the run’s own rows' if rows is None else f'{rows} rows'}")
+        worker.tell()
         if time.monotonic() - asked > REMIND_SECONDS:
             asked = time.monotonic()
             worker.keep()
@@ -565,6 +584,7 @@ class _Child:
         self.name, self.log = name, folder / "logs" / f"{name}.log"
         self.node_id = 0
         self.last: deque[str] = deque(maxlen=20)
+        self.failed: deque[str] = deque(maxlen=20)
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
         # In a session of its own, so that Ctrl-C reaches us alone; holding the lock, so that nobody starts beside it.
         self.process = subprocess.Popen(
@@ -590,6 +610,8 @@ class _Child:
             if "[ApiError:2003]" in line:
                 continue
             self.last.append(line)
+            if line.startswith("umbel failed: "):
+                self.failed.append(line)
             if found := re.search(r"SuperNode ID: (\d+)", line):
                 self.node_id = int(found[1])
             handler.handle(logging.makeLogRecord({"msg": line}))

@@ -25,16 +25,22 @@ from umbel.record import Record, RecordError, locked, write_json
 from umbel.run import Listener
 
 REQUEST, EVENTS = "federation.json", "events.jsonl"
-CHECK_SECONDS = 15
+CHECK_SECONDS = 10
 """Between looks at whether Flower still has a run whose folder says nothing new."""
 
-MOST_FAILURES = 3
+MOST_FAILURES = 2
 """Looks in a row at which the SuperLink may be away, as it is when it is started again."""
 
 COMMAND_SECONDS = 120
 
 APP = {
-    "project": {"name": "umbel-app", "version": __version__, "license": "Apache-2.0", "dependencies": []},
+    "project": {
+        "name": "umbel-app",
+        "version": __version__,
+        "description": "Federated LoRA fine-tuning with umbel",
+        "license": "Apache-2.0",
+        "dependencies": [],
+    },
     "tool": {
         "flwr": {
             "app": {
@@ -113,7 +119,14 @@ def find(folder: Path, submitted: bool = True) -> Submitted:
     request = json.loads(path.read_text(encoding="utf-8"))
     if submitted and request.get("number") is None:
         raise FederationError(f"{folder}: the job was prepared and never submitted; go on with: umbel run --resume {folder}")
-    return Submitted(folder, kit.read(Path(request["federation"])), str(request["number"]))
+    try:
+        federation = kit.read(Path(request["federation"]))
+    except kit.KitError as error:
+        again = f"umbel run --resume {folder} --federation DIR"
+        raise FederationError(
+            f"{folder}: its federation's folder is gone ({error}). Where it was moved, go on with: {again}"
+        ) from None
+    return Submitted(folder, federation, str(request["number"]))
 
 
 def at_work(folder: Path) -> bool:
@@ -149,8 +162,11 @@ def flwr(federation: kit.Federation, *arguments: str) -> dict[str, Any]:
             f"Does it run? {federation.folder}/start"
         ) from None
     if not told.get("success", True):
-        words = " ".join(str(told.get("error-message", "")).split())[-300:]
-        raise FederationError(f"`flwr {arguments[0]}`: {words} Does the server run? {federation.folder}/start")
+        said = [line.strip() for line in str(told.get("error-message", "")).splitlines() if line.strip()]
+        words = said[-1][:300] if said else "no reason"
+        raise FederationError(
+            f"`flwr {arguments[0]}` at {federation.superlink}: {words} (Does the server run? {federation.folder}/start)"
+        )
     return told
 
 
@@ -228,16 +244,18 @@ def say(event: dict[str, Any]) -> str:
     elif kind == "member":
         text = f"run {event['label']} ({event['index'] + 1} of {event['members']})"
     elif kind == "round":
-        text = (
-            f"round {event['round']} of {event['rounds']}: client {event['client']}, {event['answered']} of {event['clients']}"
-        )
+        text = f"round {event['round']} of {event['rounds']}: {_who(event)}, {event['answered']} of {event['clients']}"
     elif kind == "refused":
-        text = f"round {event['round']}: refused client {event['client']}: {event['reason']}"
+        text = f"round {event['round']}: refused {_who(event)}: {event['reason']}"
     elif kind == "end":
         text = f"ended: {event['error'] or 'done'}"
     else:
         text = kind
     return f"{when} {text}"
+
+
+def _who(event: dict[str, Any]) -> str:
+    return f"client {event['client']}" + (f" ({event['site']})" if "site" in event else "")
 
 
 def flower_status(submitted: Submitted) -> str:
@@ -247,8 +265,22 @@ def flower_status(submitted: Submitted) -> str:
     return str(runs[0].get("status") or told.get("error-message") or "unknown")
 
 
+def _flower_status_or_why(submitted: Submitted) -> str:
+    """What Flower says of a run, or that it says nothing: what is in the folder is true all the same."""
+    try:
+        return flower_status(submitted)
+    except FederationError as error:
+        return f"unknown: {error}"
+
+
 def stop(submitted: Submitted) -> None:
-    """Ends a run; its finished rounds are kept and `umbel run --resume` goes on with them."""
+    """Ends a run; its finished rounds are kept and `umbel run --resume` goes on with them.
+
+    Raises:
+        FederationError: It has ended already, or the SuperLink is not there.
+    """
+    if _ended(submitted):
+        raise FederationError(f"{submitted.folder}: the job has ended already; see: umbel status {submitted.folder}")
     flwr(submitted.federation, "stop", submitted.number, "umbel")
 
 
@@ -275,7 +307,7 @@ def status(submitted: Submitted) -> dict[str, Any]:
         }
     return {
         "folder": str(folder),
-        "flower": flower_status(submitted),
+        "flower": _flower_status_or_why(submitted),
         "number": submitted.number,
         "members": members,
         "sites": sites(submitted.federation),
@@ -302,3 +334,11 @@ def table_of(folder: Path) -> dict[str, Any]:
     if running.is_job(folder):
         return tomllib.loads((folder / "job.toml").read_text(encoding="utf-8"))
     return json.loads((folder / REQUEST).read_text(encoding="utf-8"))["table"]
+
+
+def is_done(folder: Path) -> bool:
+    """True where every run of a job has ended well."""
+    if not running.is_job(folder) or not (folder / "job.json").exists():
+        return False
+    places = json.loads((folder / "job.json").read_text(encoding="utf-8"))["members"].values()
+    return all(Record(folder / place).info.get("state") == "done" for place in places)

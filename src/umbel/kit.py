@@ -251,8 +251,8 @@ def read_site(folder: Path) -> SiteConfig:
 
 
 def placed(key: str, value: str, folder: Path) -> str:
-    """Returns the absolute path that a value of `data`, `test` or `model` stands for; "run" and `pkg:` stay as they are."""
-    special = value.startswith("pkg:") or (key == "data" and value == RUN_ROWS)
+    """Returns the absolute path that a value of `data`, `test` or `model` stands for; "run", `pkg:` and "" stay as they are."""
+    special = not value or value.startswith("pkg:") or (key == "data" and value == RUN_ROWS)
     return value if special else str(folder / Path(value).expanduser())
 
 

@@ -173,6 +173,30 @@ def resume(folder: Path, listen: Listener = lambda event: None) -> Path:
     return run(configuration.read(place / "job.toml"), place, listen, **part)
 
 
+ADJUSTABLE = ("server.min_clients", "server.round_deadline")
+"""What may be set anew when a run is resumed: how long it waits and for how many, which no finished round depends on."""
+
+
+def adjust(folder: Path, assignments: list[str]) -> None:
+    """Changes what a job that stopped waits for.
+
+    Raises:
+        ConfigError: Another key, or a value that is not allowed.
+        RecordError: The folder holds no job.
+    """
+    for assignment in assignments:
+        if assignment.partition("=")[0].strip() not in ADJUSTABLE:
+            raise ConfigError(
+                f"--resume goes on with the run's own configuration; --set changes only {', '.join(ADJUSTABLE)} of it"
+            )
+    if not is_job(folder):
+        raise RecordError(f"{folder} is no folder that `umbel run` made, so there is nothing to resume")
+    with locked(folder):
+        table = configuration.read(folder / "job.toml", assignments)
+        configuration.configs(table)
+        write_file(folder / "job.toml", tomli_w.dumps(table).encode())
+
+
 def is_job(folder: Path) -> bool:
     """True where a job has begun: its configuration and its split are there."""
     return (folder / "job.toml").is_file() and (folder / "split.json").is_file()
@@ -535,8 +559,11 @@ def evaluate_again(folder: Path, out: Path | None = None, progress: Progress | N
     config = _finished(folder)
     from umbel.client import data, publish
 
-    dataset = data.load(config)
     then = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
+    # A server that never had the sites' rows has test rows of its own, or none.
+    dataset = data.load(config) if "train" in then else data.load_server(config, 1)
+    if not dataset.test:
+        raise RecordError(f"{folder}: the rows that this was scored on are the sites'; give a task of yours with --config")
     for name in ("train", "test"):
         if then.get(name) != dataset.hashes.get(name):
             raise RecordError(f"{folder}: the {name} rows have changed since the run, so its score cannot be repeated")

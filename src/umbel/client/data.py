@@ -377,7 +377,8 @@ def load_site(config: Config, number: int, clients: int, train: str, test: str =
     part = _cap(part, data.max_train_rows, seed_of(config.seed, "max_train_rows"))
     scored = _cap(scored, data.max_test_rows, seed_of(config.seed, "max_test_rows"))
     if not part.rows:
-        raise ConfigError(f"{train!r}: no row is left of it; {left_out} rows had no text")
+        kept = f", and data.labels keeps only those of {', '.join(data.labels[:8])}" if data.labels else ""
+        raise ConfigError(f"{train!r}: no row is left of it; {left_out} rows had no text{kept}")
     return Dataset(
         train=part.rows,
         test=scored.rows,
@@ -404,16 +405,18 @@ def load_server(config: Config, clients: int) -> Dataset:
     if not named and len(config.data.labels) < 2:
         raise ConfigError(_NO_LABELS.format(config.data.labels))
     test = config.data.test
-    own = load_test(config) if isinstance(test, str) and test and _is_here(test) else Dataset([], [], [], [], [], 0)
+    if isinstance(test, str) and test:
+        try:
+            own = load_test(config)
+        except ConfigError as error:
+            raise ConfigError(
+                f"data.test at the server: {error}. Leave it out where the server has no test rows: the sites then score "
+                "on their own (`umbel site start --test`)"
+            ) from None
+    else:
+        own = Dataset([], [], [], [], [], 0)
     labels = own.labels if named else sorted(config.data.labels)
     return replace(own, labels=labels, clients=clients, kind="sites", label=config.data.label)
-
-
-def _is_here(source: str) -> bool:
-    try:
-        return locate(source) is not None
-    except ConfigError:
-        return False
 
 
 _NO_LABELS = "data.labels: got {}, allowed: two or more. Sites bring rows of their own, so the run's file must name all labels"

@@ -23,6 +23,9 @@ IDLE_SECONDS = 900
 """After which a worker without requests lets its model go."""
 
 
+FAILED = "umbel failed: "
+"""Begins the line of a worker's output that `umbel site start` shows on its console."""
+
 MOST_SECONDS = 86_400
 """For an answer of the worker, where the job does not say when the server stops waiting."""
 
@@ -78,6 +81,7 @@ def answer_here(worker: Any, job: Mapping[str, Any], payload: bytes) -> tuple[by
     except Exception as error:
         # The traceback stays here; the operator gets type, message and place, without this site's data.
         traceback.print_exc()
+        print(f"{FAILED}{type(error).__name__}: {error}", flush=True)
         return b"", reason(error)
 
 
