@@ -93,7 +93,7 @@ def install_app():
         content = honest(payload, job, error)
         name, _ = attack_of(payload) if payload and not error else ("", {})
         if name == "flower-bomb":
-            # One chunk of a mebibyte, listed four million times: four terabytes for whoever joins them.
+            # One chunk of a mebibyte, listed a million times: a terabyte for whoever joins them.
             array = content["payload"]["body"]
             array.data = os.urandom(2**20)
             deflate = type(array).deflate
@@ -103,7 +103,7 @@ def install_app():
                     return deflate(self)
 
             one = array.slice_array()
-            array.__dict__["_chunks"] = one * 4_000_000
+            array.__dict__["_chunks"] = one * 1_000_000
         elif name == "flower-empty":
             del content["payload"]
         elif name == "flower-other":
