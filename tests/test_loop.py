@@ -1278,7 +1278,7 @@ def test_an_error_message_that_is_no_text_is_recorded_all_the_same(tmp_path):
         raise OSError("no file rows-\udcff.jsonl")
 
     federate(engine(clients(), client_1=after_the_opening(change)), plan(rounds=1), Record(tmp_path))
-    assert "rows-\udcff.jsonl" in lines_of(tmp_path)[1]["refused"][0]["reason"]
+    assert "no file rows- .jsonl" in lines_of(tmp_path)[1]["refused"][0]["reason"]
 
 
 # Interruption

@@ -107,7 +107,7 @@ def test_rows_that_only_their_sites_have_give_the_bits_of_a_local_run_over_the_s
     here = {"train": [str(files[name, "train"]) for name in SITES], "test": [str(files[name, "test"]) for name in SITES]}
     running.run({**table, "data": table["data"] | here, "split": {"kind": "files"}}, tmp_path / "local", baselines=False)
 
-    away = {"train": "nowhere.jsonl", "test": "nowhere.jsonl"}
+    away = {"train": "nowhere.jsonl", "test": ""}
     own = {name: files[name, "train"] for name in SITES}
     federation = Federation(tmp_path, {**table, "data": table["data"] | away, "split": {"kind": "files"}}, own)
     for name in SITES:
