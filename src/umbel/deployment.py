@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel import kit, superlink
+from umbel.client.worker import FAILED
 from umbel.kit import Federation, KitError, SiteConfig
 
 Say = Callable[[str], None]
@@ -610,7 +611,7 @@ class _Child:
             if "[ApiError:2003]" in line:
                 continue
             self.last.append(line)
-            if line.startswith("umbel failed: "):
+            if line.startswith(FAILED):
                 self.failed.append(line)
             if found := re.search(r"SuperNode ID: (\d+)", line):
                 self.node_id = int(found[1])

@@ -66,6 +66,12 @@ def source(model: configuration.Model) -> str:
     return str(found) if found is not None else model.name
 
 
+def _where(model: configuration.Model) -> dict[str, Any]:
+    """Returns what Transformers must know to load a model besides its folder or name."""
+    given = {"gguf_file": model.gguf_file, "revision": model.revision}
+    return {key: value for key, value in given.items() if value}
+
+
 def load(config: Config, labels: int, seed: int | None = None) -> Base:
     """Loads model and tokenizer; a new head's weights come from the seed.
 
@@ -82,9 +88,7 @@ def load(config: Config, labels: int, seed: int | None = None) -> Base:
     from transformers import AutoTokenizer
 
     path = source(config.model)
-    where: dict[str, Any] = {"gguf_file": config.model.gguf_file} if config.model.gguf_file else {}
-    if config.model.revision:
-        where["revision"] = config.model.revision
+    where = _where(config.model)
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(config.seed if seed is None else seed)
@@ -174,9 +178,7 @@ def skeleton(config: Config, labels: int) -> Base:
         ConfigError: There is no such model.
     """
     path = source(config.model)
-    where: dict[str, Any] = {"gguf_file": config.model.gguf_file} if config.model.gguf_file else {}
-    if config.model.revision:
-        where["revision"] = config.model.revision
+    where = _where(config.model)
     try:
         with quiet(), torch.random.fork_rng():
             if config.model.gguf_file or not _has_weights(path):

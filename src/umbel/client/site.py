@@ -16,13 +16,11 @@ from umbel.client import client, data, model
 from umbel.client.adapter import Adapter
 from umbel.client.client import Client, Resident
 from umbel.config import Config, ConfigError
+from umbel.kit import RUN_ROWS
 from umbel.record import locked
 
 Job = Mapping[str, Any]
 """What a site must know besides the request: "run" (an id), "member" (of the run's methods), "clients" (K), "config"."""
-
-ROWS_OF_THE_RUN = "run"
-"""As a site's `data`: the rows that the run's own file gives to the client of this number."""
 
 
 WAIT_SECONDS = 600
@@ -36,7 +34,7 @@ class Site:
     Args:
         number: Its client's; None takes that of every request, where all clients are of one machine.
         state: Folder of what is kept between requests.
-        data: A file with its training rows, or ROWS_OF_THE_RUN.
+        data: A file with its training rows, or RUN_ROWS.
         test: A file with its test rows, or "".
         model: Path of the base model here; "" takes the run's name for it.
         allow_code_execution: Whether `task.program` may be run here.
@@ -45,7 +43,7 @@ class Site:
 
     number: int | None
     state: Path
-    data: str = ROWS_OF_THE_RUN
+    data: str = RUN_ROWS
     test: str = ""
     model: str = ""
     allow_code_execution: bool = False
@@ -105,7 +103,7 @@ class Worker:
     def _load(self, config: Config, number: int | None, clients: int) -> Resident:
         if self.site.model:
             config = replace(config, model=replace(config.model, name=self.site.model))
-        if self.site.data == ROWS_OF_THE_RUN:
+        if self.site.data == RUN_ROWS:
             dataset = data.load(config)
             if dataset.clients != clients or dataset.unseen:
                 raise ConfigError(
