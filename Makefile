@@ -48,7 +48,7 @@ lint: .venv/.train .venv/.test
 	touch $@
 
 .venv/.test: .venv/.train pyproject.toml constraints.txt
-	$(PIP) --editable '.[train,federation,ray,test]'
+	$(PIP) --editable '.[train,federation,ray,privacy,test]'
 	touch $@
 
 .venv/.assets: .venv/bin/python

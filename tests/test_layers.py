@@ -16,7 +16,8 @@ LAYERS = [
     {"method", "privacy"},
     # config checks a method's name and options, and nobody below needs it.
     {"methods", "config"},
-    {"server", "wire", "preflight", "record", "safetensors_file", "peft_config", "peft_folder", "kit", "envelope"},
+    {"server", "wire", "preflight", "record", "ledger", "masking", "safetensors_file"}
+    | {"peft_config", "peft_folder", "kit", "envelope"},
     {"loop", "asking", "opening", "admission", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing", "traffic", "planning"},
     {"compare"},
@@ -29,12 +30,13 @@ UPWARD = {("method", "methods")}
 """What points up all the same: method.names() lists the files of the package `methods`, and find() loads one of them."""
 
 HOMES = {
-    "flwr": {"engine/flower.py", "engine/flower_strategy.py", "app.py"},
+    "flwr": {"engine/flower.py", "engine/flower_strategy.py", "app.py", "masking.py"},
+    "opacus": {"privacy.py", "client"},
     "matplotlib": {"report"},
     "transformers": {"client"},
     "peft": {"client"},
     "datasets": {"client"},
-    "cryptography": {"kit.py", "superlink.py", "envelope.py"},
+    "cryptography": {"kit.py", "superlink.py", "envelope.py", "masking.py"},
     "typer": {"cli.py", "cli_federation.py"},
     "rich": {"cli.py", "report"},
 }

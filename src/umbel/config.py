@@ -55,6 +55,8 @@ class Data:
         max_train_rows: Cut to so many rows, chosen by the seed; 0 keeps all.
         max_test_rows: Likewise.
         validation: Share of the training rows set aside; where it is not 0 they are scored in place of the test rows.
+        public: Rows that belong to nobody, in the form of `train`: a gradient that a method measures before it trains
+            (Fed-SB's start) is taken on them, by every client, and costs no privacy. "" measures on a client's own rows.
     """
 
     train: str | list[str] = ""
@@ -66,6 +68,7 @@ class Data:
     max_train_rows: int = 0
     max_test_rows: int = 0
     validation: float = 0.0
+    public: str = ""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,33 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """What nobody may learn, and from whom it is kept.
+
+    Args:
+        unit: What differential privacy hides. "example": one training row, by DP-SGD at each client. "client": all that one
+            client sends, by clipping and noise at the server, which is trusted. "none" adds no noise.
+        target_epsilon: ε of the whole run, for every client.
+        target_delta: δ of the whole run, at most 1 / n with n the number of units: a client's rows, or the clients.
+        max_grad_norm: Norm to which the unit's part is clipped: one row's gradient, or one client's change of what it sends.
+        start_share: Share of ε for a start that is measured on private rows (Fed-SB's "sign" and "gradient").
+        total_epsilon: ε that may be spent on the same rows by all runs that one ledger knows; 0 is `target_epsilon`. A site of
+            a network says its own, in site.toml.
+        ledger: Folder of the ledger; "" keeps it in the run's, so that other runs do not count. A site has its own.
+        secure_aggregation: The server sees only sums over clients: uploads are masked, and the masks cancel in the sum.
+    """
+
+    unit: Literal["none", "example", "client"] = "none"
+    target_epsilon: float = 0.0
+    target_delta: float = 0.0
+    max_grad_norm: float = 1.0
+    start_share: float = 0.1
+    total_epsilon: float = 0.0
+    ledger: str = ""
+    secure_aggregation: bool = False
+
+
+@dataclass(frozen=True)
 class Wire:
     """What goes over the network. dtype: of all floating-point tensors; "int8" keeps vectors in float32."""
 
@@ -259,6 +289,7 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     training: Training = field(default_factory=Training)
     server: Server = field(default_factory=Server)
+    privacy: Privacy = field(default_factory=Privacy)
     wire: Wire = field(default_factory=Wire)
     seed: int = 0
     rounds: int = 3
@@ -358,6 +389,9 @@ LEAST = {
     "server.clients_per_round": 0,
     "server.min_clients": 0,
     "server.norm_limit": 0,
+    "privacy.target_epsilon": 0,
+    "privacy.target_delta": 0,
+    "privacy.total_epsilon": 0,
 }
 """What a number must not be below."""
 
@@ -366,6 +400,7 @@ def check(config: Config) -> Config:
     """Raises ConfigError where values do not fit each other or are out of range; returns the configuration."""
     problems = [
         *_rank_problems(config),
+        *_privacy_problems(config),
         (not config.model.name, "model.name is missing: a local folder, pkg:<package>/<path>, or a hub name"),
         (not config.data.train, "data.train is missing: a file, a list of files, or a datasets name"),
         (not config.lora.target_modules, "lora.target_modules is missing, e.g. ['q_proj', 'v_proj']"),
@@ -476,6 +511,37 @@ def _rank_problems(config: Config) -> list[tuple[bool, str]]:
         (
             differ and not methods.load(name, **config.method.options).mixed_ranks,
             f"lora: {name} needs one rank for all clients, got {said}; {methods.taking_mixed_ranks()}",
+        ),
+    ]
+
+
+def _privacy_problems(config: Config) -> list[tuple[bool, str]]:
+    privacy, name = config.privacy, config.method.name
+    noisy = privacy.unit != "none"
+    sending = [phase for phase in methods.load(name, **config.method.options).plan(1) if phase.sends]
+    summed = all(phase.collect is methods.Mean and phase.by_rows for phase in sending)
+    given = privacy.target_epsilon or privacy.target_delta
+    return [
+        (
+            noisy and not (privacy.target_epsilon > 0 and 0 < privacy.target_delta < 1),
+            f"privacy.unit = {privacy.unit!r} needs target_epsilon > 0 and 0 < target_delta < 1, got {privacy.target_epsilon} "
+            f"and {privacy.target_delta}",
+        ),
+        (bool(given) and not noisy, "privacy.target_epsilon is given and privacy.unit is not; allowed: 'example', 'client'"),
+        (privacy.max_grad_norm <= 0, f"privacy.max_grad_norm: got {privacy.max_grad_norm}, allowed: > 0"),
+        (not 0 < privacy.start_share < 1, f"privacy.start_share: got {privacy.start_share}, allowed: 0 < share < 1"),
+        (
+            0 < privacy.total_epsilon < privacy.target_epsilon,
+            f"privacy.total_epsilon: got {privacy.total_epsilon}, allowed: target_epsilon = {privacy.target_epsilon} or more",
+        ),
+        (
+            privacy.unit == "client" and privacy.secure_aggregation,
+            "privacy: unit = 'client' has the server clip each upload, and secure_aggregation hides them from it; choose one",
+        ),
+        (
+            (privacy.unit == "client" or privacy.secure_aggregation) and not summed,
+            f"privacy: {name} needs every client's own factors, so the server can neither sum them blindly nor bound what one "
+            "of them adds; `umbel methods --privacy` says which methods allow it",
         ),
     ]
 

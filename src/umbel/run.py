@@ -35,7 +35,7 @@ from umbel.server import OBSERVER, ServerError
 Listener = Callable[[dict[str, Any]], None]
 Progress = Callable[[int, int], None]
 
-MAY_DIFFER = {"method", "lora", "training", "server", "wire"}
+MAY_DIFFER = {"method", "lora", "training", "server", "privacy", "wire"}
 """What the methods of one job may set for themselves; all else is shared, or they could not be compared."""
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets", "numpy")
@@ -348,7 +348,7 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
         return result
     # The baselines train the usual A and B, with the first method's options of LoRA and training.
     server = replace(shared.server, clients_per_round=0)
-    plain = replace(shared, method=MethodChoice("fedit"), server=server, wire=configuration.Wire())
+    plain = replace(shared, method=MethodChoice("fedit"), server=server, wire=configuration.Wire(), privacy=_alone(shared))
     training = shared.training
     if training.max_steps > 0:
         # As many rows as all the clients of a round together see.
@@ -369,6 +369,12 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
         own = replace(plain, lora=lora.of(k, ranks[k]) if ranks else lora)
         result.append(Member(f"local {k}", f"local/client-{k}", own, [k], "local"))
     return result
+
+
+def _alone(config: Config) -> configuration.Privacy:
+    """Returns a baseline's privacy: its rows are protected as in the methods' runs; there are no others to hide among."""
+    noisy = config.privacy.unit == "example"
+    return replace(config.privacy, secure_aggregation=False) if noisy else configuration.Privacy()
 
 
 def _pooled(dataset: Any) -> Any:
