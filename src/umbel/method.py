@@ -377,7 +377,7 @@ def _unbounded(phase: Method, public: bool) -> str:
         return f"{own}: the weights would say what is to be hidden"
     if own:
         return (
-            f"{own}: what one client changes there is its product B_k A_k, which a clip of its change of A and B does not bound, "
+            f"{own}: what one client changes there is its product B_k A_k, which a clip of changes of A and B does not bound, "
             "so noise would have to go on all d_out × d_in numbers of a layer, before anything is decomposed"
         )
     strange = [name for name in phase.sends if name not in ("A", "B", "R")]
