@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from umbel import algebra, privacy
 from umbel.admission import Upload
 from umbel.asking import Heard, Plan
-from umbel.ledger import BudgetError, Entry, Ledger
+from umbel.ledger import Entry, Ledger, epsilon_of
 from umbel.method import Factors
 from umbel.record import Record
 from umbel.server import Aggregator, Server, ServerError
@@ -170,23 +170,22 @@ class Hiding:
         Raises:
             ServerError: Nobody can.
         """
-        entries = self._ledger.entries()
+        entries = {client: self._entry(client, "") for client in asked}
+        written = self._ledger.entries()
         # A round that a kill ended was paid for. Whether its uploads come again is seen when they are there.
-        paid = {entry.client for entry in entries if self._is_this_round(entry)}
-        left = [client for client in asked if client in paid or self._affords(self._entry(client, ""))]
-        if asked and not left:
+        paid = {entry.client for entry in written if self._is_this_round(entry)}
+        short = self._short([entry for client, entry in entries.items() if client not in paid], written)
+        if asked and len(short) == len(asked):
             raise ServerError(f"round {self._heard.round}: no client can be asked: {self._heard.reasons()}")
-        return left
+        return [client for client in asked if client not in short]
 
     def fold(self, uploads: Mapping[int, Upload], aggregator: Aggregator, asked: int) -> None:
         """Folds the round's uploads in, in the order given, all with the same weight."""
         before = sent_before(self._plan, aggregator.server)
         spooled = {client: upload.factors for client, upload in uploads.items()}
         changes = Changes(spooled, before, self._plan.privacy.max_grad_norm, asked)
-        known = {entry.request for entry in self._ledger.entries()}
-        entries = {client: self._entry(client, self._digest(changes)) for client in changes.clients}
-        short = [client for client, own in entries.items() if own.request not in known and not self._affords(own)]
-        self._changes = changes.without(short)
+        entries = [self._entry(client, self._digest(changes)) for client in changes.clients]
+        self._changes = changes.without(self._short(entries, self._ledger.entries()))
         for client in self._changes.clients:
             upload = uploads[client]
             aggregator.fold(client, 1, upload.factors, upload.factors.plain(), upload.ranks)
@@ -197,20 +196,24 @@ class Hiding:
         """Writes the round into the ledger, then lets the method have the mean with noise.
 
         Raises:
-            ServerError: Another run has spent the budget meanwhile.
+            ServerError: Another run has spent the budget meanwhile; nothing is written.
         """
         terms, changes, digest = self._plan.privacy, self._changes, self._digest(self._changes)
-        try:
-            spent = {k: self._ledger.spend(self._entry(k, digest), terms.target_epsilon) for k in changes.clients}
-        except BudgetError as error:
-            raise ServerError(f"round {self._heard.round}: {error}") from error
+        entries = [self._entry(client, digest) for client in changes.clients]
+
+        def check(written: list[Entry]) -> None:
+            if self._short(entries, written):
+                raise ServerError(f"round {self._heard.round}: {self._heard.reasons()}")
+
+        self._ledger.spend_all(entries, check)
+        spent = _by_client(entry for entry in self._ledger.entries() if entry.run == self._run)
         seed = self._ledger.seed(digest)
         aggregator.give(lambda layer: changes.mean(layer, self._sigma, seed), changes.mean(PLAIN, self._sigma, seed))
         self._heard.noise = {
             "sigma": self._sigma,
             "deviation": self._sigma * terms.max_grad_norm / changes.asked,
             "change": {str(client): norm for client, norm in changes.norms.items()},
-            "epsilon": {str(client): standing.run_after for client, standing in spent.items()},
+            "epsilon": {str(client): _epsilon(spent[client]) for client in changes.clients},
         }
 
     def _digest(self, changes: Changes) -> str:
@@ -239,14 +242,34 @@ class Hiding:
     def _is_this_round(self, entry: Entry) -> bool:
         return (entry.run, entry.kind, entry.round) == (self._run, self._heard.kind, self._turn)
 
-    def _affords(self, entry: Entry) -> bool:
-        standing, run = self._ledger.standing(entry), self._plan.privacy.target_epsilon
-        for who, after, budget in (("this run", standing.run_after, run), ("all runs", standing.all_after, entry.budget)):
-            if after > budget * (1 + 1e-9):
-                self._heard.refuse(
-                    entry.client,
-                    f"client {entry.client} has no budget left for this round: with it {who} would have spent ε = {after:.4g}, "
-                    f"allowed {budget:g}",
-                )
-                return False
-        return True
+    def _short(self, entries: Sequence[Entry], written: Sequence[Entry]) -> list[int]:
+        """Returns the clients whose entry, unless it is written already, would be more than they may spend; notes why."""
+        everything = _by_client(written)
+        known, short = {entry.request for entry in written}, list[int]()
+        for entry in entries:
+            every = [*everything.get(entry.client, []), entry]
+            own = [other for other in every if other.run == self._run]
+            budgets = (("this run", own, self._plan.privacy.target_epsilon), ("all runs", every, entry.budget))
+            for who, spendings, budget in budgets if entry.request not in known else ():
+                after = _epsilon(spendings)
+                # Sums are composed anew each time, and in another grouping.
+                if after > budget * (1 + 1e-9):
+                    short.append(entry.client)
+                    self._heard.refuse(
+                        entry.client,
+                        f"client {entry.client} has no budget left for this round: with it {who} would have spent "
+                        f"ε = {after:.4g}, allowed {budget:g}",
+                    )
+                    break
+        return short
+
+
+def _by_client(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    result: dict[int, list[Entry]] = {}
+    for entry in entries:
+        result.setdefault(entry.client, []).append(entry)
+    return result
+
+
+def _epsilon(entries: Sequence[Entry]) -> float:
+    return epsilon_of(entries, min(entry.delta for entry in entries))
