@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from umbel import method
+from umbel import method, testing
 from umbel.cli import app
 
 RUNNABLE = """
@@ -164,6 +164,19 @@ def test_methods_prints_every_method_as_a_table_and_as_json(tmp_path):
     assert {"exact", "error", "bytes_up", "bytes_down", "mixed_ranks", "maskable"} <= found["fedit"].keys()
     assert found["fedit"]["exact"] is False
     code, out, err = umbel("methods")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in method.names())
+
+
+def test_methods_with_privacy_prints_who_can_read_what_and_the_page_has_the_same_table():
+    code, out, err = umbel("methods", "--privacy", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert sorted(found) == method.names()
+    page = (Path(__file__).parents[1] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    for row in testing.privacy_table(found):
+        assert f"| {' | '.join(row)} |" in page
+    code, out, err = umbel("methods", "--privacy")
     assert (code, err) == (0, "")
     assert all(name in out for name in method.names())
 

@@ -1,12 +1,15 @@
 """Configuration: every mistake is an error that says where, got and allowed; what is resolved makes itself again."""
 
 import copy
+import re
 import tomllib
 
 import pytest
 import tomli_w
 
+from umbel import method as methods
 from umbel.config import Config, ConfigError, Data, MethodChoice, Task, configs, for_task, from_table, override, read, to_table
+from umbel.testing import disclosures
 
 MINIMAL = {
     "model": {"name": "some-model"},
@@ -439,3 +442,48 @@ def test_each_of_several_methods_resolves_to_a_run_of_its_own():
     methods = [{"name": "fedit"}, {"name": "fed_sb", "lora": {"r": 64}}]
     for config in configs(table(method=methods)).values():
         assert from_table(tomllib.loads(tomli_w.dumps(to_table(config)))) == config
+
+
+PRIVATE = {"target_epsilon": 3.0, "target_delta": 0.1}
+PUBLIC = {"train": "train.jsonl", "public": "public.jsonl"}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_masked_or_noised_at_the_server_where_its_phases_allow_it_and_refused_with_the_reason(name):
+    told = disclosures(name)
+    for privacy, allowed, reason in (
+        ({"secure_aggregation": True}, told["maskable"], told["why_not"]),
+        ({"unit": "client", **PRIVATE}, "client" in told["units"], told["why_not_client"]),
+    ):
+        given = table(method={"name": name}, privacy=privacy, data=PUBLIC)
+        if allowed:
+            assert only(given).privacy.target_epsilon == privacy.get("target_epsilon", 0)
+        else:
+            with pytest.raises(ConfigError, match=re.escape(f"{name} {reason}; `umbel methods --privacy`")):
+                only(given)
+
+
+def test_a_method_of_somebodys_own_is_refused_by_the_same_reasons(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "umbel_tests"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a_private_thing.py").write_text(
+        "from umbel.method import Download, Each, Method\n\n"
+        "class APrivateThing(Method):\n    collect = Each\n\n"
+        "    def combine(self, got, held):\n        return Download(factors=got[0][0])\n"
+    )
+    name = "umbel_tests.a_private_thing"
+    for privacy in ({"secure_aggregation": True}, {"unit": "client", **PRIVATE}):
+        with pytest.raises(ConfigError, match=r"look at every client's own A and B \(Each\)"):
+            only(table(method={"name": name}, privacy=privacy))
+
+
+def test_client_level_privacy_refuses_a_start_on_private_rows_and_a_delta_above_one_over_the_clients():
+    noised = {"unit": "client", **PRIVATE}
+    with pytest.raises(ConfigError, match=r"fed_sb measures a gradient \(G\) on every client's rows before any noise"):
+        only(table(method={"name": "fed_sb"}, privacy=noised))
+    assert only(table(method={"name": "fed_sb"}, privacy=noised, data=PUBLIC))
+    assert only(table(method={"name": "fed_sb", "init": "random"}, privacy=noised))
+    with pytest.raises(ConfigError, match=r"privacy\.target_delta: got 0\.3, allowed: at most 1 / 4, the number of clients"):
+        only(table(privacy={**noised, "target_delta": 0.3}, split={"clients": 4}))

@@ -7,7 +7,7 @@ import torch
 
 from umbel import algebra, method, testing
 from umbel.method import Download, Each, Mean, Method, MethodError, Stack, load
-from umbel.testing import NonConforming, capabilities, check_method
+from umbel.testing import NonConforming, capabilities, check_method, disclosures, privacy_table
 
 OPTIONS = [
     ("florist", {"energy": 1.0, "adopt": "merge"}),
@@ -252,3 +252,66 @@ def test_refusals_of_mixed_ranks_must_be_sentences():
         (broken,) = [result for result in caught.value.results if result.holds is False]
         assert broken.claim == "mixed ranks are taken, or refused in a sentence"
         assert says in broken.detail
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in method.names()), *OPTIONS])
+def test_what_may_be_masked_is_what_a_sum_with_masks_leaves_as_it_is(name, options):
+    found = disclosures(name, **options)
+    assert found["maskable"] == capabilities(name, **options)["maskable"]
+    assert bool(found["why_not"]) == bool(not found["server_sees_masked"]) == (not found["maskable"])
+
+
+class HeavyOnes(OnlyB):
+    """Its collector is a mean of somebody's own, with weights of its own."""
+
+    class Squares(Mean):
+        def add(self, factors, weight):
+            super().add(factors, weight**2)
+
+    collect, by_rows = Squares, False
+
+
+class Weighed(OnlyB):
+    by_rows = False
+
+
+class Sketch(Method):
+    """Sends what no client holds before: a product with what it was sent."""
+
+    trains, sends = ("A", "B"), ("Y",)
+
+    def combine(self, got, held):
+        return Download(factors={"B": got["Y"]})
+
+
+def test_what_methods_of_somebodys_own_allow_follows_from_their_phases():
+    assert disclosures(OnlyB)["units"] == ["example", "client"]
+    assert disclosures(ShareA)["keeps"] == ["B"]
+    assert disclosures(Stacking)["why_not"].startswith("has the server stack every client's own A and B")
+    assert "all d_out × d_in numbers of a layer" in disclosures(Stacking)["why_not_client"]
+    for strange, said in ((HeavyOnes, "look at every client's own B (Squares)"), (Weighed, "by more than rows")):
+        found = disclosures(strange)
+        assert (found["maskable"], found["units"]) == (False, ["example"])
+        assert said in found["why_not"]
+    assert not capabilities(HeavyOnes)["maskable"]
+    assert method.blind_sum(Sketch()) == ""
+    assert "sends Y, which clients do not hold before" in method.bounded_sum(Sketch())
+
+
+def test_what_is_measured_before_training_is_told_and_needs_rows_of_nobody():
+    assert disclosures("fed_sb")["start_reads"].startswith("a gradient (G) on rows of each client")
+    assert disclosures("fed_sb", init="gradient")["sends"]["start"] == {"A": 144, "B": 192}
+    assert disclosures("fed_sb", init="random")["start_reads"] == "no rows"
+    start = load("fed_sb")
+    assert "measures a gradient (G) on every client's rows" in method.bounded_sum(start)
+    assert method.bounded_sum(start, public=True) == method.bounded_sum(load("fed_sb", init="random")) == ""
+    # A stacked gradient cannot be masked, and on rows of nobody it need not be hidden.
+    stacked = load("fed_sb", init="gradient")
+    assert "has the server stack" in method.blind_sum(stacked)
+    assert method.bounded_sum(stacked, public=True) == ""
+
+
+def test_rounds_that_send_different_factors_are_told_apart():
+    assert disclosures("rolora")["sends"] == {"training": {"B": 192}, "other rounds": {"A": 144}}
+    (_, row) = privacy_table({"fedsa_lora": disclosures("fedsa_lora")})
+    assert row[1:3] == ["training: A (144); gather: B (192)", "B and head"]

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from torch import Tensor
+
 from umbel import wire
+from umbel.config import Privacy
 from umbel.engine import Ask, Engine, Reply
 from umbel.method import Method
 from umbel.server import MOST_ROWS, Refused, Server, ServerError
@@ -53,6 +56,8 @@ class Plan:
         rejoin: Clients that were not there at the opening are asked again before each training round.
         expected: Facts of the server that clients must share, as `umbel.preflight.mismatch` compares them; None asks for none.
         norm_limit: Refuse an upload whose ΔW has more than so many times the median norm of the round's; 0 refuses none.
+        privacy: With `unit` = "client", uploads are clipped and the mean gets noise (see `umbel.central`).
+        plain: Under that unit, what parameters that are not factors are before the first round; those not named here are 0.
     """
 
     method: Method
@@ -72,6 +77,8 @@ class Plan:
     rejoin: bool = False
     expected: Mapping[str, Any] | None = None
     norm_limit: float = 100.0
+    privacy: Privacy = field(default_factory=Privacy)
+    plain: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def quorum(self, asked: int) -> int:
         """Returns how many of so many clients asked must have answered.
@@ -99,6 +106,7 @@ class Heard:
     joined: list[int] = field(default_factory=list[int])
     lost: dict[str, str] = field(default_factory=dict[str, str])
     facts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    noise: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def add(self, other: "Heard") -> None:
         """Takes over what another asking in the same round came to, but not its answers."""

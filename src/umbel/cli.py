@@ -399,11 +399,23 @@ def eval_command(
 
 
 @app.command()
-def methods(as_json: JsonFlag = False) -> None:
+def methods(
+    as_json: JsonFlag = False,
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="What each sends, and what of it the server can be kept from.")
+    ] = False,
+) -> None:
     """Print what each method can do, measured on a tiny model."""
     with _errors():
         from umbel import method, testing
 
+        if privacy:
+            told = {name: testing.disclosures(name) for name in method.names()}
+            if as_json:
+                typer.echo(json.dumps(told))
+            else:
+                _console().print(_privacy_table(testing.privacy_table(told)))
+            return
         found = {name: testing.capabilities(name) for name in method.names()}
         if as_json:
             typer.echo(json.dumps(found))
@@ -631,6 +643,19 @@ def _capability_table(found: dict[str, dict[str, Any]]) -> Any:
         memory = own["server_memory"].removesuffix(" with clients")
         cells += [start, own["maskable"], own["mixed_ranks"], memory]
         table.add_row(name, *map(_cell, cells))
+    return table
+
+
+def _privacy_table(rows: list[list[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="What methods send, in numbers for a 64 × 48 layer of rank 3, and who can read it", title_justify="left"
+    )
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
 
 

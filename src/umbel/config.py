@@ -518,8 +518,9 @@ def _rank_problems(config: Config) -> list[tuple[bool, str]]:
 def _privacy_problems(config: Config) -> list[tuple[bool, str]]:
     privacy, name = config.privacy, config.method.name
     noisy = privacy.unit != "none"
-    sending = [phase for phase in methods.load(name, **config.method.options).plan(1) if phase.sends]
-    summed = all(phase.collect is methods.Mean and phase.by_rows for phase in sending)
+    chosen, rounds = methods.load(name, **config.method.options), max(1, config.rounds)
+    own, unbounded = methods.blind_sum(chosen, rounds), methods.bounded_sum(chosen, bool(config.data.public), rounds)
+    clients = config.split.clients
     given = privacy.target_epsilon or privacy.target_delta
     return [
         (
@@ -539,9 +540,16 @@ def _privacy_problems(config: Config) -> list[tuple[bool, str]]:
             "privacy: unit = 'client' has the server clip each upload, and secure_aggregation hides them from it; choose one",
         ),
         (
-            (privacy.unit == "client" or privacy.secure_aggregation) and not summed,
-            f"privacy: {name} needs every client's own factors, so the server can neither sum them blindly nor bound what one "
-            "of them adds; `umbel methods --privacy` says which methods allow it",
+            privacy.secure_aggregation and bool(own),
+            f"privacy.secure_aggregation: {name} {own}; `umbel methods --privacy` says which methods allow it",
+        ),
+        (
+            privacy.unit == "client" and bool(unbounded),
+            f"privacy.unit = 'client': {name} {unbounded}; `umbel methods --privacy` says which methods allow it",
+        ),
+        (
+            privacy.unit == "client" and privacy.target_delta * clients > 1,
+            f"privacy.target_delta: got {privacy.target_delta}, allowed: at most 1 / {clients}, the number of clients",
         ),
     ]
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from umbel import privacy, wire
+from umbel import central, privacy, wire
 from umbel.admission import Upload, admit, fold
 from umbel.asking import Heard, Plan, ask, check_quorum, in_order, is_number, once_each, read
 from umbel.engine import Engine, Reply
@@ -98,6 +98,9 @@ def _round(
     if not phase.trains and phase.measures == "factors":
         asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
     heard.seconds["record"] = committing
+    hiding = _hiding(plan, record, phase, train_round, heard)
+    if hiding:
+        asked = hiding.within_budget(asked)
     if phase.sends:
         (record.folder / UPLOADS).mkdir()
         aggregator = Aggregator(phase, server, plan.measure_error)
@@ -115,9 +118,15 @@ def _round(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
                 | {"client": reply.client, "answered": len(heard.replies)}
             )
-        fold({client: uploads[client] for client in asked if client in uploads}, aggregator, heard, plan.norm_limit)
+        taken = {client: uploads[client] for client in asked if client in uploads}
+        if hiding:
+            hiding.fold(taken, aggregator, len(asked))
+        else:
+            fold(taken, aggregator, heard, plan.norm_limit)
         heard.arrange(asked)
         check_quorum(plan, f"round {index + 1}", asked, heard)
+        if hiding:
+            hiding.spend(aggregator)
     else:
         # A phase that sends nothing (Fed-SB's random start) is the server's alone.
         asked = []
@@ -148,6 +157,13 @@ def _round(
     seconds = _commit(record, server, rows, line)
     shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
     return seconds
+
+
+def _hiding(plan: Plan, record: Record, phase: Method, train_round: int, heard: Heard) -> central.Hiding | None:
+    """Returns what hides clients in a phase, under client-level privacy; what is measured there is measured on public rows."""
+    if plan.privacy.unit != "client" or not phase.sends or heard.kind == "measure":
+        return None
+    return central.Hiding(plan, record, train_round, heard)
 
 
 def _kind(phase: Method) -> str:
@@ -300,6 +316,7 @@ def _line(
                 ("lost", heard.lost),
                 ("preflight", heard.facts),
                 ("epsilon", said("epsilon")),
+                ("noise", heard.noise),
             )
             if value
         },

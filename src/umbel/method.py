@@ -327,6 +327,65 @@ class Method(ABC):
         return after
 
 
+def blind_sum(method: Method, rounds: int = 4) -> str:
+    """Says why sums over clients do not suffice to the server of a method, in words that follow its name; "" where they do.
+
+    >>> blind_sum(load("fedit"))
+    ''
+    >>> blind_sum(load("florist"))
+    "has the server stack every client's own A and B, and sums over clients do not tell it those"
+
+    Args:
+        method: The method.
+        rounds: Of the run, whose phases are looked at.
+    """
+    return next((reason for phase in method.plan(rounds) if phase.sends and (reason := _needs_own(phase))), "")
+
+
+def _needs_own(phase: Method) -> str:
+    own = f"every client's own {' and '.join(phase.sends)}"
+    if phase.collect is Stack:
+        return f"has the server stack {own}, and sums over clients do not tell it those"
+    if phase.collect is not Mean:
+        return f"has the server look at {own} ({phase.collect.__name__}), and sums over clients do not tell it those"
+    if not phase.by_rows:
+        return f"weighs {own} by more than rows, which sums over clients do not tell"
+    return ""
+
+
+def bounded_sum(method: Method, public: bool = False, rounds: int = 4) -> str:
+    """Says why clipping what each client changed, and noise on the mean, hide no client of a method; "" where they do.
+
+    >>> bounded_sum(load("fed_sb", init="random")), bounded_sum(load("fed_sb", init="sign"), public=True)
+    ('', '')
+
+    Args:
+        method: The method.
+        public: Whether gradients that it measures are taken on rows that belong to nobody.
+        rounds: Of the run, whose phases are looked at.
+    """
+    return next((reason for phase in method.plan(rounds) if phase.sends and (reason := _unbounded(phase, public))), "")
+
+
+def _unbounded(phase: Method, public: bool) -> str:
+    sent = " and ".join(phase.sends)
+    if not phase.trains and phase.measures == "gradient":
+        wanted = "give data.public, or choose a start that measures nothing"
+        return "" if public else f"measures a gradient ({sent}) on every client's rows before any noise; {wanted}"
+    own = _needs_own(phase)
+    if own and phase.collect is Mean:
+        return f"{own}: the weights would say what is to be hidden"
+    if own:
+        return (
+            f"{own}: what one client changes there is its product B_k A_k, which a clip of changes of A and B does not bound, "
+            "so noise would have to go on all d_out × d_in numbers of a layer, before anything is decomposed"
+        )
+    strange = [name for name in phase.sends if name not in ("A", "B", "R")]
+    if strange:
+        return f"sends {' and '.join(strange)}, which clients do not hold before, so there is no change of it to clip"
+    return ""
+
+
 def names() -> list[str]:
     """Returns the names of the methods that come with umbel: the files in `umbel/methods`."""
     import umbel.methods

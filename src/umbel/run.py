@@ -428,6 +428,7 @@ def _run_member(
     began, before = time.perf_counter(), len(record.lines())
     base, dataset = loaded.base, loaded.dataset
     adapter = Adapter(base.model, config.lora, base.heads, config.seed)
+    heads = adapter.read_plain()
     try:
         ranks = client.ranks(config, dataset) if member.role == "method" and network is None else {}
         resident = client.Resident(config, base, adapter, dataset, loaded.train, loaded.test, ranks=ranks)
@@ -435,7 +436,7 @@ def _run_member(
         here = [OBSERVER] if network else [*member.clients, OBSERVER]
         name = f"{job['run']}/{member.label}"
         engine: Engine = Local({k: client.Client(k, resident, folder / "clients" / str(k), name).answer for k in here})
-        plan = _plan(member)
+        plan = replace(_plan(member), plain=heads)
         if network is not None:
             whole = {**job, "member": member.label, "config": configuration.to_table(config)}
             engine = _WithObserver(network.engine(whole, config.server.round_deadline), engine)
@@ -492,6 +493,7 @@ def _plan(member: Member) -> Plan:
         most_rank=max([config.lora.rank, *config.lora.rank_pattern.values()]),
         min_clients=least,
         norm_limit=config.server.norm_limit,
+        privacy=config.privacy,
     )
 
 

@@ -258,6 +258,7 @@ class Aggregator:
         self._plain = Mean()
         self._plain_shapes = {name: tuple(x.shape) for name, x in self.server.plain.items()} or None
         self._ranks: dict[int, dict[str, int]] = {}
+        self._given: tuple[Callable[[str], Factors], Mapping[str, Tensor]] | None = None
         # ΔW is linear in a factor that is sent alone, so its mean gives Σ p_k ΔW_k; with two, every product is needed.
         self._alone = len(self.phase.sends) == 1
         # A measurement has no update whose aggregate could be wrong; neither have clients that keep a part of theirs.
@@ -287,6 +288,13 @@ class Aggregator:
             self._plain.add(dict(plain), weight)
         self._plain_shapes = {name: tuple(x.shape) for name, x in plain.items()}
         self.folded.append(client)
+
+    def give(self, mean: Callable[[str], Factors], plain: Mapping[str, Tensor]) -> None:
+        """Has the method combine `mean` of each layer, and `plain`, in place of the mean of what was taken.
+
+        The aggregation error is measured against what was taken all the same.
+        """
+        self._given = mean, plain
 
     def most_bytes(self) -> int:
         """Returns how long an honest upload can be: every factor at its largest, and its header."""
@@ -426,7 +434,8 @@ class Aggregator:
         if not self.folded:
             raise ServerError("no client is left in this round")
         held = self.server.held
-        got = _Lazily(list(self.server.layers), lambda layer: self._collected(layer, self.phase.collect()))
+        mean, mean_plain = self._given or (lambda layer: self._collected(layer, self.phase.collect()), self._plain.done())
+        got = _Lazily(list(self.server.layers), mean)
         try:
             combined = self.phase.combine_layers(got, held)
         except MethodError as refusal:
@@ -443,7 +452,7 @@ class Aggregator:
                 ideal = method.product({**common, **self._collected(layer, Mean() if self._alone else Stack(), self._alone)})
                 error[layer] = algebra.relative_error(sent, ideal)
                 error_of_sum[layer] = algebra.error_to_sum(error[layer], sent, ideal, len(self.folded))
-        plain = {name: wire.rounded(x, self.server.dtype, f"plain|{name}") for name, x in self._plain.done().items()}
+        plain = {name: wire.rounded(x, self.server.dtype, f"plain|{name}") for name, x in mean_plain.items()}
         return Aggregated(downloads, plain, error or None, error_of_sum or None, rank, self._ranks)
 
     def _collected(self, layer: str, collector: Collector, wide: bool = False) -> Any:

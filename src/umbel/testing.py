@@ -18,7 +18,7 @@ from torch import Tensor
 
 from umbel import method as methods
 from umbel import wire
-from umbel.method import Collector, Download, Factors, Mean, Method, MethodError, Stack, product
+from umbel.method import Collector, Download, Factors, Mean, Method, MethodError, Stack, blind_sum, bounded_sum, product
 
 Layers = dict[str, Factors]
 Shapes = dict[str, tuple[int, int]]
@@ -555,3 +555,64 @@ def capabilities(method: Method | type[Method] | str, **options: Any) -> dict[st
             found["error"] = max(found["error"], *(difference(row, ideal) for row in trial.effects(clients)))
             found["mixed_ranks"] &= trial.phase.mixed_ranks
     return {"exact": found["error"] < 1e-10, **found}
+
+
+def disclosures(method: Method | type[Method] | str, **options: Any) -> dict[str, Any]:
+    """Says what a method sends and to whom it could tell something; all of it follows from its phases.
+
+    Returns:
+        `sends` is per phase what goes up and how many numbers that is, for a 64 × 48 layer of rank 3, and `keeps` what never
+        does, or only in a last phase. `maskable`: secure aggregation is allowed; `why_not` otherwise. `server_sees` is what a
+        run shows the server of each client, `server_sees_masked` what a masked one shows it ("" where there is none). `units`
+        are the units of differential privacy that it allows, with `why_not_client`. `start_reads`: before it trains.
+
+    >>> found = disclosures("ffa_lora")
+    >>> found["sends"], found["maskable"], found["units"]
+    ({'training': {'B': 192}}, True, ['example', 'client'])
+    """
+    made = _make(method, options)
+    sends: dict[str, dict[str, int]] = {}
+    keeps: list[str] = []
+    for _, trial in trials(made, TINY):
+        (own,) = trial.upload(trial.clients()[0]).values()
+        sends["other rounds" if _when(trial.phase) in sends else _when(trial.phase)] = {
+            name: x.numel() for name, x in own.items()
+        }
+        keeps += [name for name in trial.phase.keeps if name not in keeps]
+    sends = {when: names for when, names in sends.items() if names}
+    own, unbounded = blind_sum(made), bounded_sum(made, public=True)
+    measured = " and ".join(sends.get("start", {}))
+    return {
+        "sends": sends,
+        "keeps": keeps,
+        "maskable": not own,
+        "why_not": own,
+        "server_sees": "; ".join(f"{when}: each client's {' and '.join(names)}" for when, names in sends.items()),
+        "server_sees_masked": ""
+        if own
+        else "; ".join(f"{when}: Σ n_k and {' and '.join(f'Σ n_k {x}_k' for x in names)}" for when, names in sends.items()),
+        "units": ["example", *([] if unbounded else ["client"])],
+        "why_not_client": unbounded,
+        "start_reads": f"a gradient ({measured}) on rows of each client, or on data.public" if measured else "no rows",
+    }
+
+
+def _when(phase: Method) -> str:
+    return "training" if phase.trains else {"gradient": "start", "factors": "gather"}[phase.measures]
+
+
+def privacy_table(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Returns what `disclosures` says of methods as rows of a table, the headings first.
+
+    Args:
+        found: By name of the method.
+    """
+    rows = [["method", "sends (numbers)", "stays at home", "the server sees", "masked, it sees", "DP units", "start reads"]]
+    for name, own in found.items():
+        sends = "; ".join(
+            f"{when}: {', '.join(f'{x} ({count})' for x, count in names.items())}" for when, names in own["sends"].items()
+        )
+        keeps = " and ".join([*own["keeps"], "head"] if own["keeps"] else [])
+        masked = own["server_sees_masked"] or "cannot be masked"
+        rows.append([name, sends, keeps or "–", own["server_sees"], masked, ", ".join(own["units"]), own["start_reads"]])
+    return rows
