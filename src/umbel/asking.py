@@ -53,6 +53,7 @@ class Plan:
         rejoin: Clients that were not there at the opening are asked again before each training round.
         expected: Facts of the server that clients must share, as `umbel.preflight.mismatch` compares them; None asks for none.
         norm_limit: Refuse an upload whose ΔW has more than so many times the median norm of the round's; 0 refuses none.
+        secure_aggregation: Clients mask what they send, and only sums are opened (see `umbel.sums`).
     """
 
     method: Method
@@ -72,6 +73,7 @@ class Plan:
     rejoin: bool = False
     expected: Mapping[str, Any] | None = None
     norm_limit: float = 100.0
+    secure_aggregation: bool = False
 
     def quorum(self, asked: int) -> int:
         """Returns how many of so many clients asked must have answered.
@@ -247,7 +249,11 @@ def once_each(replies: Iterable[Reply], asked: list[int], heard: Heard) -> Itera
 
 
 def read(
-    reply: Reply, heard: Heard, most_bytes: int = MOST_OPENING_BYTES, most_header: int = wire.MAX_HEADER_BYTES
+    reply: Reply,
+    heard: Heard,
+    most_bytes: int = MOST_OPENING_BYTES,
+    most_header: int = wire.MAX_HEADER_BYTES,
+    masked: bool = False,
 ) -> wire.Message | None:
     """Decodes a reply and notes its header; a failure is noted as a refusal."""
     if reply.payload is None:
@@ -256,7 +262,7 @@ def read(
     started = time.perf_counter()
     heard.bytes_up[str(reply.client)] = heard.bytes_up.get(str(reply.client), 0) + len(reply.payload)
     try:
-        message = wire.decode(reply.payload, most_bytes, most_header)
+        message = wire.decode(reply.payload, most_bytes, most_header, masked)
         heard.check_echo(reply.client, message.header)
     except (wire.WireError, Refused) as error:
         heard.refuse(reply.client, str(error))

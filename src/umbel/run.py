@@ -487,6 +487,7 @@ def _plan(member: Member) -> Plan:
         most_rank=max([config.lora.rank, *config.lora.rank_pattern.values()]),
         min_clients=least,
         norm_limit=config.server.norm_limit,
+        secure_aggregation=config.privacy.secure_aggregation,
     )
 
 
