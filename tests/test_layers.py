@@ -18,7 +18,7 @@ LAYERS = [
     {"methods", "config"},
     {"server", "wire", "preflight", "record", "ledger", "masking", "safetensors_file"}
     | {"peft_config", "peft_folder", "kit", "envelope"},
-    {"loop", "asking", "opening", "admission", "central", "engine", "client", "superlink", "deployment"},
+    {"loop", "asking", "opening", "admission", "central", "sums", "engine", "client", "superlink", "deployment"},
     {"run", "merging", "report", "testing", "traffic", "planning"},
     {"compare"},
     {"federation", "app", "offline"},

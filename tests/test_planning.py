@@ -120,6 +120,14 @@ def test_clients_that_sit_out_catch_up(tmp_path):
     check(tmp_path, tiny.table(tmp_path, method=chosen, rounds=6, training=training, server=server, split=split))
 
 
+@pytest.mark.parametrize(("dtype", "asked"), [("float32", 0), ("int8", 3)])
+def test_masked_uploads_and_the_messages_around_them(tmp_path, dtype, asked):
+    chosen = [{"name": name} for name in ("fedit", "fedsa_lora", "fed_sb")]
+    split, server = {"kind": "iid", "clients": 4}, {"clients_per_round": asked}
+    privacy = {"secure_aggregation": True}
+    check(tmp_path, tiny.table(tmp_path, chosen, rounds=3, split=split, server=server, privacy=privacy, wire={"dtype": dtype}))
+
+
 def test_stacks_wider_than_the_matrix(tmp_path):
     """Three clients of rank 12 on layers of 32: what they send together is more than the matrix holds."""
     chosen = [{"name": "flora"}, {"name": "exact"}, {"name": "florist", "energy": 1.0, "adopt": "merge"}]

@@ -56,7 +56,8 @@ class Plan:
         rejoin: Clients that were not there at the opening are asked again before each training round.
         expected: Facts of the server that clients must share, as `umbel.preflight.mismatch` compares them; None asks for none.
         norm_limit: Refuse an upload whose ΔW has more than so many times the median norm of the round's; 0 refuses none.
-        privacy: With `unit` = "client", uploads are clipped and the mean gets noise (see `umbel.central`).
+        privacy: With `unit` = "client", uploads are clipped and the mean gets noise (see `umbel.central`). With
+            `secure_aggregation` clients mask what they send, and only sums are opened (see `umbel.sums`).
         plain: Under that unit, what parameters that are not factors are before the first round; those not named here are 0.
     """
 
@@ -255,7 +256,11 @@ def once_each(replies: Iterable[Reply], asked: list[int], heard: Heard) -> Itera
 
 
 def read(
-    reply: Reply, heard: Heard, most_bytes: int = MOST_OPENING_BYTES, most_header: int = wire.MAX_HEADER_BYTES
+    reply: Reply,
+    heard: Heard,
+    most_bytes: int = MOST_OPENING_BYTES,
+    most_header: int = wire.MAX_HEADER_BYTES,
+    masked: bool = False,
 ) -> wire.Message | None:
     """Decodes a reply and notes its header; a failure is noted as a refusal."""
     if reply.payload is None:
@@ -264,7 +269,7 @@ def read(
     started = time.perf_counter()
     heard.bytes_up[str(reply.client)] = heard.bytes_up.get(str(reply.client), 0) + len(reply.payload)
     try:
-        message = wire.decode(reply.payload, most_bytes, most_header)
+        message = wire.decode(reply.payload, most_bytes, most_header, masked)
         heard.check_echo(reply.client, message.header)
     except (wire.WireError, Refused) as error:
         heard.refuse(reply.client, str(error))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from umbel import central, privacy, wire
+from umbel import central, privacy, sums, wire
 from umbel.admission import Upload, admit, fold
 from umbel.asking import Heard, Plan, ask, check_quorum, in_order, is_number, once_each, read
 from umbel.engine import Engine, Reply
@@ -101,28 +101,30 @@ def _round(
     hiding = _hiding(plan, record, phase, train_round, heard)
     if hiding:
         asked = hiding.within_budget(asked)
+    summed = None
     if phase.sends:
         (record.folder / UPLOADS).mkdir()
-        aggregator = Aggregator(phase, server, plan.measure_error)
+        aggregator = Aggregator(phase, server, plan.measure_error and not plan.privacy.secure_aggregation)
         total = sum(rows[client] for client in asked)
 
-        def request(client: int) -> bytes:
+        def request(client: int, more: Mapping[str, Any] = {}) -> bytes:
             share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
-            return _request(server, phase, heard.echo(client), train_round, plan, share)
+            return _request(server, phase, {**heard.echo(client), **more}, train_round, plan, share)
 
-        uploads: dict[int, Upload] = {}
-        for reply in once_each(ask(engine, server, phase, asked, request, heard, aggregator.most_bytes()), asked, heard):
-            upload = admit(reply, aggregator, heard, rows[reply.client], record.folder / UPLOADS)
-            uploads |= {} if upload is None else {reply.client: upload}
+        def arrived(client: int) -> None:
             progress(
                 {"round": max(1, train_round), "rounds": plan.rounds, "phase": _kind(phase), "clients": len(asked)}
-                | {"client": reply.client, "answered": len(heard.replies)}
+                | {"client": client, "answered": len(heard.replies)}
             )
-        taken = {client: uploads[client] for client in asked if client in uploads}
-        if hiding:
-            hiding.fold(taken, aggregator, len(asked))
+
+        if plan.privacy.secure_aggregation:
+            summed = sums.add_up(engine, server, phase, plan, asked, request, aggregator, heard, arrived)
         else:
-            fold(taken, aggregator, heard, plan.norm_limit)
+            uploads = _collect(engine, plan, server, rows, asked, request, aggregator, heard, record, arrived)
+            if hiding:
+                hiding.fold(uploads, aggregator, len(asked))
+            else:
+                fold(uploads, aggregator, heard, plan.norm_limit)
         heard.arrange(asked)
         check_quorum(plan, f"round {index + 1}", asked, heard)
         if hiding:
@@ -154,6 +156,7 @@ def _round(
         scores = _observe(engine, plan, server, last, heard)
     counted = train_round if _kind(phase) != "measure" else 0
     line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
+    line |= {} if summed is None else {"sum": summed}
     seconds = _commit(record, server, rows, line)
     shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
     return seconds
@@ -164,6 +167,28 @@ def _hiding(plan: Plan, record: Record, phase: Method, train_round: int, heard: 
     if plan.privacy.unit != "client" or not phase.sends or heard.kind == "measure":
         return None
     return central.Hiding(plan, record, train_round, heard)
+
+
+def _collect(
+    engine: Engine,
+    plan: Plan,
+    server: Server,
+    rows: Mapping[int, int],
+    asked: list[int],
+    request: Callable[[int], bytes],
+    aggregator: Aggregator,
+    heard: Heard,
+    record: Record,
+    arrived: Callable[[int], None],
+) -> dict[int, Upload]:
+    """Returns the uploads that were admitted, in the order of asking."""
+    uploads: dict[int, Upload] = {}
+    replies = ask(engine, server, aggregator.phase, asked, request, heard, aggregator.most_bytes())
+    for reply in once_each(replies, asked, heard):
+        upload = admit(reply, aggregator, heard, rows[reply.client], record.folder / UPLOADS)
+        uploads |= {} if upload is None else {reply.client: upload}
+        arrived(reply.client)
+    return {client: uploads[client] for client in asked if client in uploads}
 
 
 def _kind(phase: Method) -> str:

@@ -177,9 +177,10 @@ class Record:
         return message.header["server"], message.tensors, last
 
     def rows(self) -> int:
-        """Returns the training rows of all clients, as they said when they joined."""
+        """Returns the training rows of all clients, as they said when they joined; of masked ones the most in one sum."""
+        summed = [line["sum"]["rows"] for line in self.lines() if "sum" in line and line["phase"] == "train"]
         restored = self.restore()
-        return sum(restored[0]["rows"].values()) if restored else 0
+        return max(summed) if summed else sum(restored[0]["rows"].values()) if restored else 0
 
     def lines(self) -> list[dict[str, Any]]:
         """Returns the rounds so far; a line torn by a kill is left out."""

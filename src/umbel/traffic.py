@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umbel import wire
+from umbel.client import masked
 from umbel.engine import Ask, Reply
 from umbel.loop import Plan, federate
 from umbel.method import Factors, Mean, Method
@@ -288,16 +290,20 @@ class Answering:
         plan: The run's.
         agree: Clients differ as much as they can (the widest spectrum a mean of products may have) and give up nothing, or
             have one direction in common that outweighs all others, and whatever a method lets them give up.
+        folder: For the secrets of masked uploads.
     """
 
-    def __init__(self, number: int, place: tuple[int, int], sites: Sites, small: Small, plan: Plan, agree: bool) -> None:
+    def __init__(
+        self, number: int, place: tuple[int, int], sites: Sites, small: Small, plan: Plan, agree: bool, folder: Path = Path()
+    ) -> None:
         self.place, self.sites, self.small, self.agree = place, sites, small, agree
         self.method, self.dtype = plan.method, plan.dtype
         self.rank = {layer: sites.ranks.get(number, shape.rank) for layer, shape in small.layers.items()}
         self._R: dict[str, Shape] = {}
         self._drawn: dict[tuple[str, str, Shape], Tensor] = {}
         # All alike, so that no upload weighs more: a spectrum of weights would be no flat one.
-        self.rows = max(sites.rows.values())
+        self.rows = 1 if plan.privacy.secure_aggregation else max(sites.rows.values())
+        self.exchange = masked.Exchange(number, folder / str(number)) if plan.privacy.secure_aggregation else None
 
     def answer(self, payload: bytes) -> bytes:
         """Answers one request as `umbel.client.client.Client` does."""
@@ -307,6 +313,8 @@ class Answering:
             layers = {layer: [s.d_out, s.d_in, self.rank[layer]] for layer, s in self.small.layers.items()}
             plain = {name: list(shape) for name, shape in self.sites.plain.items()}
             return wire.encode(wire.Message({**echo, "layers": layers, "plain": plain, "rows": self.rows}))
+        if self.exchange is not None and header["kind"] in masked.KINDS:
+            return wire.encode(wire.Message({**echo, **self.exchange.answer(header)}))
         self.take({name: entry["shape"] for name, entry in entries.items()})
         measures = header["kind"] == "measure"
         if self.agree and header["kind"] == "train":
@@ -318,7 +326,11 @@ class Answering:
         stages, keys = STAGES[header["kind"]]
         told = {"steps": 1, **self.sites.said}
         said = {key: told[key] for key in keys if key in told}
-        answer = {**echo, "rows": rows, **said, "seconds": dict.fromkeys(stages, 0.123)}
+        if self.exchange is not None:
+            tensors, shown = self.exchange.mask(header, rows, said.get("loss"), tensors), {}
+        else:
+            shown = {"rows": rows, **said}
+        answer = {**echo, **shown, "seconds": dict.fromkeys(stages, 0.123)}
         return wire.encode(wire.Message(answer, tensors), self.dtype)
 
     def take(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -387,7 +399,8 @@ class _Scale:
         for ask in asks:
             reply = self._clients[ask.client].answer(ask.payload)
             down, up = self.weighed
-            down[str(ask.client)], up[str(ask.client)] = self._small.length(ask.payload), self._small.length(reply)
+            for bytes_of, payload in ((down, ask.payload), (up, reply)):
+                bytes_of[str(ask.client)] = bytes_of.get(str(ask.client), 0) + self._small.length(payload)
             yield Reply(ask.client, reply)
 
 
@@ -411,15 +424,16 @@ class _Lines(Record):
         up.clear()
 
 
-def _clients(plan: Plan, sites: Sites, small: Small, agree: bool) -> dict[int, Answering]:
+def _clients(plan: Plan, sites: Sites, small: Small, agree: bool, folder: Path = Path()) -> dict[int, Answering]:
     count = len(plan.clients)
-    return {k: Answering(k, (i, count), sites, small, plan, agree) for i, k in enumerate(plan.clients)}
+    return {k: Answering(k, (i, count), sites, small, plan, agree, folder) for i, k in enumerate(plan.clients)}
 
 
 def _simulate(plan: Plan, sites: Sites, small: Small, agree: bool) -> list[dict[str, Any]]:
-    scale = _Scale(_clients(plan, sites, small, agree), small)
-    record = _Lines(scale)
-    federate(scale, replace(plan, measure_error=False), record)
+    with tempfile.TemporaryDirectory() as folder:
+        scale = _Scale(_clients(plan, sites, small, agree, Path(folder)), small)
+        record = _Lines(scale)
+        federate(scale, replace(plan, measure_error=False), record)
     return record.kept
 
 

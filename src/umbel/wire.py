@@ -1,7 +1,8 @@
 """Factors and downloads to bytes and back. Bytes from outside are hostile: everything is checked before memory is taken.
 
 A message is one safetensors file: named tensors and, in its metadata under the key "umbel", a JSON header. Nothing is
-pickled. Floating-point tensors travel in one dtype (float32, bfloat16 or int8) and are float32 after decoding.
+pickled. Floating-point tensors travel in one dtype (float32, bfloat16 or int8) and are float32 after decoding. A masked upload
+(see `umbel.masking`) holds int64 and nothing else, and is taken only where one is expected.
 
 In int8 a matrix travels as whole numbers from −127 to 127 with one float32 scale for each row, under the matrix's name and
 "|scale"; what is no matrix stays float32. A row is a direction of the adapter: for a B, d_out × r, that is a column. So
@@ -28,6 +29,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_DEPTH = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
+_MASKED = {"I64": torch.int64}
 _SCALE = "|scale"
 """Ends the name of an int8 matrix's scales."""
 
@@ -48,7 +50,7 @@ class Message:
 
 
 def encode(message: Message, dtype: str = "float32") -> bytes:
-    """Returns the message as bytes; tensors are rounded to `dtype`.
+    """Returns the message as bytes; tensors are rounded to `dtype`, int64 stays as it is.
 
     >>> decode(encode(Message({"round": 3}, {"q|A": torch.ones(1, 2)}))).header
     {'round': 3}
@@ -61,19 +63,20 @@ def encode(message: Message, dtype: str = "float32") -> bytes:
             tensors |= {name: q, name + _SCALE: scale}
         else:
             # Copies, because safetensors refuses tensors that share memory, as slices of one stack do.
-            cast_to = torch.float32 if dtype == "int8" else DTYPES[dtype]
+            cast_to = x.dtype if x.dtype == torch.int64 else torch.float32 if dtype == "int8" else DTYPES[dtype]
             tensors[name] = x.to(dtype=cast_to, copy=True, memory_format=torch.contiguous_format)
     header = json.dumps({"version": VERSION, **message.header}, separators=(",", ":"), allow_nan=False)
     return safetensors.torch.save(tensors, {"umbel": header})
 
 
-def decode(data: bytes, max_bytes: int | None = None, max_header: int = MAX_HEADER_BYTES) -> Message:
+def decode(data: bytes, max_bytes: int | None = None, max_header: int = MAX_HEADER_BYTES, masked: bool = False) -> Message:
     """Reads a message and checks it: size, header, version, dtypes, shapes against offsets.
 
     Args:
         data: Bytes from the network.
         max_bytes: Refuse more than so many, in the message or in its tensors as float32.
         max_header: Refuse names, shapes and JSON of more than so many bytes; parsed, JSON takes up to some 60 times its length.
+        masked: Its tensors must be int64, and stay so; they must be floating-point numbers otherwise.
 
     Raises:
         WireError: Not a message of ours.
@@ -89,19 +92,26 @@ def decode(data: bytes, max_bytes: int | None = None, max_header: int = MAX_HEAD
     if version != VERSION:
         raise WireError(f"wire version {version!r}, this side speaks {VERSION}: install the same umbel on both sides")
     for name, entry in header.items():
-        _check_entry(name, entry, len(data))
+        _check_entry(name, entry, len(data), _MASKED if masked else _STORED)
+    if masked:
+        return Message(fields, _loaded(data, header))
     _check_scales(header)
     if max_bytes is not None and (needed := 4 * sum(math.prod(entry["shape"]) for entry in header.values())) > max_bytes:
         raise WireError(f"tensors of {needed} bytes as float32, allowed: {max_bytes}")
+    tensors = _loaded(data, header)
+    for name in header:
+        if name.endswith(_SCALE) and not bool(((tensors[name] >= 0) & (tensors[name] <= _MOST_SCALE)).all()):
+            raise WireError(f"tensor {name!r}: scales with NaN, infinity or values below 0 or beyond {_MOST_SCALE:.0e}")
+    return Message(fields, _restored(tensors))
+
+
+def _loaded(data: bytes, header: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise WireError(f"not a valid message: {error}") from None
-    for name in header:
-        if name.endswith(_SCALE) and not bool(((tensors[name] >= 0) & (tensors[name] <= _MOST_SCALE)).all()):
-            raise WireError(f"tensor {name!r}: scales with NaN, infinity or values below 0 or beyond {_MOST_SCALE:.0e}")
     # In the order of the bytes: safetensors' own differs from process to process.
-    return Message(fields, _restored({name: tensors[name] for name in header}))
+    return {name: tensors[name] for name in header}
 
 
 def _header(data: bytes, most: int = MAX_HEADER_BYTES) -> dict[str, Any]:
@@ -150,19 +160,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _check_entry(name: str, entry: Any, size: int) -> None:
+def _check_entry(name: str, entry: Any, size: int, allowed: Mapping[str, torch.dtype]) -> None:
     if not isinstance(entry, dict):
         raise WireError(f"tensor {name!r}: its entry is not an object")
     entry = cast(dict[str, Any], entry)
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(dtype, str) or dtype not in _STORED:
-        raise WireError(f"tensor {name!r}: dtype {dtype!r:.80}, allowed: {', '.join(_STORED)}")
+    if not isinstance(dtype, str) or dtype not in allowed:
+        raise WireError(f"tensor {name!r}: dtype {dtype!r:.80}, allowed: {', '.join(allowed)}")
     if not isinstance(shape, list):
         raise WireError(f"tensor {name!r}: has no shape")
     dims = cast(list[Any], shape)
     if len(dims) > 8 or not all(type(d) is int and 0 <= d <= size for d in dims):
         raise WireError(f"tensor {name!r}: shape {dims!r:.80} does not fit a message of {size} bytes")
-    if math.prod(cast(list[int], dims)) * _STORED[dtype].itemsize > size:
+    if math.prod(cast(list[int], dims)) * allowed[dtype].itemsize > size:
         raise WireError(f"tensor {name!r}: shape {dims!r} says more than the message's {size} bytes")
 
 
@@ -193,7 +203,7 @@ _MOST_SCALE = 2.0**120
 
 
 def _is_matrix(x: Tensor, dtype: str) -> bool:
-    return dtype == "int8" and x.ndim >= 2 and x.numel() > 0
+    return dtype == "int8" and x.ndim >= 2 and x.numel() > 0 and x.dtype != torch.int64
 
 
 def _axis(key: str) -> int:

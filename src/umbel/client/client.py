@@ -14,7 +14,7 @@ from torch import Tensor
 
 from umbel import algebra, wire
 from umbel import method as methods
-from umbel.client import evaluate, fit, preflight, private
+from umbel.client import evaluate, fit, masked, preflight, private
 from umbel.client.account import Account
 from umbel.client.adapter import Adapter
 from umbel.client.data import Dataset, Example, encode, load_public
@@ -178,7 +178,7 @@ class Client:
         """Answers one request.
 
         Args:
-            payload: A message of kind "open", "train", "measure", "gather" or "observe".
+            payload: A message of kind "open", "train", "measure", "gather" or "observe", or of `masked.KINDS`.
 
         Returns:
             The reply, in the run's wire dtype.
@@ -193,6 +193,8 @@ class Client:
         echo = {key: request.header.get(key) for key in wire.ECHO}
         if kind == "open":
             return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))
+        if kind in masked.KINDS:
+            return wire.encode(wire.Message({**masked.Exchange(self.number, self.folder).answer(request.header), **echo}))
         for key in ("has", "keep"):
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
@@ -209,9 +211,15 @@ class Client:
             header, tensors = self._gather(request.header)
         else:
             header, tensors, beside = self._train(request.header, beside)
+            if not self._masks:
+                with self._timed("wire"):
+                    tensors, beside = self._make_good(tensors, beside)
+        if kind != "observe" and self._masks:
             with self._timed("wire"):
-                tensors, beside = self._make_good(tensors, beside)
-        if kind != "observe":
+                exchange = masked.Exchange(self.number, self.folder)
+                tensors = exchange.mask(request.header, header["rows"], header.get("loss"), tensors)
+            header = {}  # rows, steps, loss and scores are this client's own, and the first and the third are in the sum
+        elif kind != "observe":
             with self._timed("wire"):
                 header |= self._rounding(tensors)
         self._keep(request.header, beside)
@@ -223,6 +231,10 @@ class Client:
         started = time.perf_counter()
         yield
         self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    @property
+    def _masks(self) -> bool:
+        return self.resident.config.privacy.secure_aggregation
 
     def _mine(self) -> list[Example]:
         return self.resident.rows_of(self.number)
@@ -254,7 +266,8 @@ class Client:
         own = self.resident.ranks.get(self.number)
         layers = {name: [s.d_out, s.d_in, own or s.rank] for name, s in self.resident.adapter.layers.items()}
         plain = {name: list(p.shape) for name, p in self.resident.adapter.plain_parameters.items()}
-        answer: Answer = {"layers": layers, "plain": plain, "rows": len(self._mine())}
+        # Where uploads are masked, the weights are, too.
+        answer: Answer = {"layers": layers, "plain": plain, "rows": 1 if self._masks else len(self._mine())}
         return answer | ({"preflight": preflight.facts(self.resident, self.folder, self.number)} if with_facts else {})
 
     def _take(self, request: wire.Message) -> dict[str, Tensor] | None:
@@ -339,6 +352,7 @@ class Client:
         resident = self.resident
         # A method that trains now this, now that factor has an optimizer for each.
         mine = f"{OPTIMIZER}{''.join(header['trains'])}|"
+        before = resident.adapter.read(header["trains"]) if self._masks else {}
         shared = (
             int(header["train_round"]),
             int(header["rounds"]),
@@ -362,6 +376,8 @@ class Client:
                 noise, spent = account.train(int(header["train_round"]), self._payload, self._state_bytes(header))
                 fitted = private.fit(*rows, noise, *shared)
                 said = {"epsilon": spent}
+        if before:
+            masked.check_trained(self.number, before, resident.adapter.read(header["trains"]))
         with self._timed("evaluate"):
             keep = self._scores_file(int(header["train_round"]) == int(header["rounds"]))
             scores = resident.score(self.number, generate=False, keep=keep) if header["score"] else None
