@@ -20,8 +20,9 @@ from umbel.client.data import Dataset, Example, encode
 from umbel.client.model import Base
 from umbel.client.prompts import pad_id
 from umbel.config import Config, ConfigError, Lora
+from umbel.method import HELD, Download, Factors, Method
 from umbel.record import write_file, write_lines
-from umbel.server import OBSERVER
+from umbel.server import OBSERVER, fresh_factors
 
 Answer = dict[str, Any]
 
@@ -30,6 +31,9 @@ OPTIMIZER = "optimizer|"
 
 LOST = "lost|"
 """Begins the names of what rounding an upload lost, in a client's file: lost|<the tensor's name in the upload>."""
+
+COMMON = "common|"
+"""Begins the names of what all clients held when the round began, where a method's messages need it: common|<layer>|<factor>."""
 
 
 @dataclass
@@ -59,6 +63,11 @@ class Resident:
     def __post_init__(self) -> None:
         choice = self.config.method
         self.method = methods.load(choice.name, **choice.options)
+
+    @cached_property
+    def speaks(self) -> bool:
+        """Whether the method's clients send messages of their own making."""
+        return any(phase.speaks for phase in self.method.plan(self.config.rounds))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -163,7 +172,7 @@ class Client:
         """Answers one request.
 
         Args:
-            payload: A message of kind "open", "train", "measure", "gather" or "observe".
+            payload: A message of kind "open", "train", "update", "measure", "gather" or "observe".
 
         Returns:
             The reply, in the run's wire dtype.
@@ -192,6 +201,9 @@ class Client:
             header, tensors = self._measure(request.header)
         elif kind == "gather":
             header, tensors = self._gather(request.header)
+        elif kind == "update":
+            with self._timed("adapter"):
+                header, tensors = {"rows": len(self._mine())}, self._upload(request.header, beside)
         else:
             header, tensors, beside = self._train(request.header, beside)
             with self._timed("wire"):
@@ -223,8 +235,8 @@ class Client:
         """Puts this client on the model: its own state, then what it is owed.
 
         Returns:
-            What it keeps beside the model: its optimizers' states, and what rounding its uploads lost; None where the state
-            that the server believes in is gone.
+            What it keeps beside the model: its optimizers' states, what rounding its uploads lost, and what all clients held
+            when the round began, where that is needed; None where the state that the server believes in is gone.
         """
         adapter, beside = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
@@ -237,11 +249,14 @@ class Client:
                     kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
                 except (FileNotFoundError, wire.WireError):
                     return None
-                beside = {k: x for k, x in kept.tensors.items() if k.startswith((OPTIMIZER, LOST))}
+                beside = {k: x for k, x in kept.tensors.items() if k.startswith((OPTIMIZER, LOST, COMMON))}
                 state = {k: x for k, x in kept.tensors.items() if k not in beside}
                 adapter.scale(own)
                 adapter.set_state(kept.header["history"], state)
             downloads = wire.unpack(request.header, request.tensors)
+            if self.resident.speaks and self.number != OBSERVER:
+                beside = self._with_common(beside, downloads, request.header)
+                downloads = {layer: download.lasting() for layer, download in downloads.items()}
             before = adapter.read(("A",)) if any(k.startswith(LOST) for k in beside) else {}
             adapter.apply(downloads, wire.unpack_plain(request.tensors), own_rank=self.number != OBSERVER)
             if before:
@@ -250,6 +265,37 @@ class Client:
                 turned |= {layer for layer, download in downloads.items() if download.reset is not None}
                 beside = {k: x for k, x in beside.items() if not (k.startswith(LOST) and k.split("|")[1] in turned)}
         return beside
+
+    def _with_common(self, beside: dict[str, Tensor], downloads: Mapping[str, Download], header: Answer) -> dict[str, Tensor]:
+        """Returns `beside` with what is held in common from now on, at the largest rank, and what was given for this phase."""
+        common, layers = _common(beside), self.resident.adapter.layers
+        said = header.get("ranks", {})
+        for layer, download in downloads.items():
+            held = Download(common.get(layer, {})).lasting().factors
+            if download.reset is not None and layer in layers:
+                rank = said.get(layer, layers[layer].rank) if isinstance(said, dict) else None
+                if type(rank) is not int or not 1 <= rank <= layers[layer].rank:
+                    raise wire.WireError(f"layer {layer!r}: its rank is {rank!r:.80}, allowed: 1 to {layers[layer].rank}")
+                held = fresh_factors(layer, replace(layers[layer], rank=rank), download.reset)
+            common[layer] = {**held, **download.factors}
+        others = {k: x for k, x in beside.items() if not k.startswith(COMMON)}
+        return others | {COMMON + key: x for key, x in wire.pack_factors(common).items()}
+
+    def _upload(self, header: Answer, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the named tensors of what the phase sends."""
+        resident = self.resident
+        if not resident.speaks:
+            return wire.pack_factors(resident.adapter.read(header["sends"]))
+        phase, common = self._phase(header), _common(beside)
+        said = {layer: phase.message(own, common.get(layer, {})) for layer, own in resident.adapter.read().items()}
+        return wire.pack_factors(said)
+
+    def _phase(self, header: Answer) -> Method:
+        phases = list(self.resident.method.plan(int(header["rounds"])))
+        number = header.get("round")
+        if type(number) is not int or not 1 <= number <= len(phases) or list(phases[number - 1].sends) != list(header["sends"]):
+            raise wire.WireError(f"round {number!r:.80} sends {header['sends']!r:.80}, which the run's method has no phase for")
+        return phases[number - 1]
 
     def _keep(self, header: Answer, beside: dict[str, Tensor]) -> None:
         """Makes this client's state durable; the one the server believes in stays until the next request."""
@@ -279,6 +325,9 @@ class Client:
             return tensors, beside
         beside, whole = dict(beside), dict[str, Tensor]()
         for key, x in tensors.items():
+            if not key.startswith("plain|") and key.rpartition("|")[2] not in HELD:
+                whole[key] = x  # each round's message is about other directions
+                continue
             last = beside.pop(LOST + key, None)
             whole[key] = x if last is None or last.shape != x.shape else x + last
             lost = whole[key] - wire.rounded(whole[key], dtype, key)
@@ -319,7 +368,7 @@ class Client:
             keep = self._scores_file(int(header["train_round"]) == int(header["rounds"]))
             scores = resident.score(self.number, generate=False, keep=keep) if header["score"] else None
         with self._timed("adapter"):
-            tensors = wire.pack_factors(resident.adapter.read(header["sends"]))
+            tensors = self._upload(header, beside)
             # What keeps a factor at home keeps the head there, too.
             tensors |= {} if header["keeps"] else wire.pack_plain(resident.adapter.read_plain())
         others = {k: x for k, x in beside.items() if not k.startswith(mine)}
@@ -369,6 +418,10 @@ class Client:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / "scores.jsonl"
+
+
+def _common(beside: Mapping[str, Tensor]) -> dict[str, Factors]:
+    return wire.unpack_factors({k.removeprefix(COMMON): x for k, x in beside.items() if k.startswith(COMMON)})
 
 
 def _same_directions(before: Tensor, after: Tensor) -> bool:
