@@ -389,7 +389,7 @@ class Aggregator:
         held = self.server.held[layer]
         said = self.phase.message(Download(held).cut(self.server.rank_of(client, layer)).factors, held)
         was = {name: wire.rounded(x, self.server.dtype, name) for name, x in said.items()}
-        return all(float((own[name] - x).norm()) <= 2.0**-20 * float(x.norm()) for name, x in was.items())
+        return all(float(algebra.frobenius(own[name] - x)) <= 2.0**-20 * float(algebra.frobenius(x)) for name, x in was.items())
 
     def _is_held(self, layer: str, name: str, x: Tensor) -> bool:
         # A fresh adapter was drawn by both sides and never rounded.

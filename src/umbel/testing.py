@@ -2,7 +2,8 @@
 
 The suite knows no method by name. It walks the phases of `plan`, invents clients of two layers (one wide, one tall, neither
 side equal to the rank), folds their factors through the phase's collector, applies what comes back as a client would, and
-compares dense matrices in float64. Phases that go on with a round are taken together with the one that began it. What a method must satisfy follows from `trains`, `sends`, `collect` and `exact`.
+compares dense matrices in float64. Phases that go on with a round are taken with the one that began it. What
+a method must satisfy follows from `trains`, `sends`, `collect` and `exact`.
 """
 
 import gc

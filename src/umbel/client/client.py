@@ -33,7 +33,7 @@ LOST = "lost|"
 """Begins the names of what rounding an upload lost, in a client's file: lost|<the tensor's name in the upload>."""
 
 COMMON = "common|"
-"""Begins the names of what all clients held when the round began, where a method's messages need it: common|<layer>|<factor>."""
+"""Begins the names of what all clients held when the round began, where messages need it: common|<layer>|<factor>."""
 
 
 @dataclass

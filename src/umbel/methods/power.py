@@ -6,10 +6,10 @@
     M ≈ Q Z = U diag(s_1 … s_r) Vᵀ                              (4)    from factors
     B = c U diag(s_1 … s_r),  A = Vᵀ / c                        (5)    c such that ‖A‖_F = ‖A_0‖_F
 
-A_0 is what all clients held when the round began. (1) to (4) are one step of subspace iteration that starts there: PowerSGD's idea
-for gradients (arXiv 1905.13727), and that of two-pass sketches (FedASK, arXiv 2507.09990), whose start is random. More iterations
-put, before (3), P = orth(Zᵀ)ᵀ and Y_k = B_k (A_k Pᵀ). Every message is linear in the client's update B_k A_k, so the server needs
-sums only.
+A_0 is what all clients held when the round began. (1) to (4) are one step of subspace iteration that starts there: the idea of
+PowerSGD for gradients (arXiv 1905.13727), and of two-pass sketches (FedASK, arXiv 2507.09990), whose start is random. Every
+message is linear in the client's update B_k A_k, so that the server needs sums only. A further iteration is, after a first Z,
+P = orth(Zᵀ)ᵀ and Y_k = B_k (A_k Pᵀ) in the place of (1).
 """
 
 from dataclasses import dataclass
