@@ -1,4 +1,4 @@
-"""Rounds of more than one exchange, with real clients: the second message, who is asked for it, and what a kill leaves of it."""
+"""Rounds of more than one exchange, with real clients: the second message, who is asked for it, what a kill leaves of it."""
 
 import shutil
 
