@@ -62,7 +62,7 @@ def test_those_methods_can_be_used_that_need_no_more_than_uploads():
 def test_other_methods_are_refused_with_a_reason(name, tmp_path):
     adapter(tmp_path / "a")
     with pytest.raises(
-        merging.MergeError, match=rf"method '{name}' (averages|leaves|trains).*From finished adapters work: best"
+        merging.MergeError, match=rf"method '{name}' (averages|leaves|trains|asks).*From finished adapters work: best"
     ):
         umbel.merge([tmp_path / "a"], tmp_path / "out", method=name)
     assert not (tmp_path / "out").exists()

@@ -180,3 +180,19 @@ def test_a_method_from_outside_is_found_by_its_module_path(tmp_path, monkeypatch
         method.find("somebodys_methods.needy")
     with pytest.raises(MethodError, match=r"no method 'somebodys_methods\.missing'"):
         method.find("somebodys_methods.missing")
+
+
+def test_what_is_given_for_the_next_phase_is_over_when_another_download_comes():
+    given = Download(factors={"A": draw(3, 11), "Q": draw(7, 3)})
+    assert set(given.lasting().factors) == {"A"}
+    assert set(Download().then(given).factors) == {"A", "Q"}
+    assert set(given.then(Download()).factors) == {"A"}
+    assert set(given.then(Download(factors={"B": draw(7, 3)})).factors) == {"A", "B"}
+
+
+def test_a_method_with_a_message_of_its_own_keeps_nothing_back():
+    for name in method.names():
+        for phase in method.load(name).plan(2):
+            assert not (phase.speaks and phase.keeps)
+    assert method.load("fedsa_lora").keeps == ("B",)
+    assert method.load("power").speaks

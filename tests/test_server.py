@@ -5,7 +5,7 @@ import torch
 
 from umbel import wire
 from umbel.method import Download, Mean, Method, MethodError, Stack, load, product
-from umbel.server import Aggregator, LayerShape, Refused, Server, ServerError, fresh_factors
+from umbel.server import Aggregated, Aggregator, LayerShape, Refused, Server, ServerError, fresh_factors
 
 SHAPES = {"wide": LayerShape(7, 11, 3), "tall": LayerShape(10, 6, 3)}
 
@@ -526,3 +526,44 @@ def test_a_client_with_enormous_values_that_are_allowed_does_not_end_the_round(n
     done = aggregator.done()
     assert all(torch.isfinite(x).all() for own in done.downloads.values() for x in own.factors.values())
     assert all(error >= 0 for error in (done.error or {}).values())
+
+
+def test_a_basis_is_owed_to_those_of_the_last_phase_alone_and_held_until_the_next_is_over():
+    own = server()
+    first, last = load("power").plan(1)
+
+    def ended(phase, who):
+        aggregator = Aggregator(phase, own)
+        for k in who:
+            trained = {
+                layer: {"A": draw(s.rank, s.d_in, seed=k), "B": draw(s.d_out, s.rank, seed=k)} for layer, s in SHAPES.items()
+            }
+            said = {layer: phase.message(trained[layer], own.held[layer]) for layer in SHAPES}
+            aggregator.add(k, 1 + k, said, {})
+            own.took(k)
+        own.settle(aggregator.done())
+
+    ended(first, [0, 1])
+    assert own.in_phase() == [0, 1]
+    assert set(own.held["wide"]) == {"A", "B", "Q"}
+    assert set(own.owed_to(0)["wide"].factors) == {"Q"}
+    assert set(own.owed_to(2)["wide"].factors) == set()
+    restored = server()
+    restored.restore(*own.state())
+    assert restored.in_phase() == [0, 1]
+    assert torch.equal(restored.owed_to(1)["tall"].factors["Q"], own.held["tall"]["Q"])
+    ended(last, [0])
+    assert own.in_phase() == [0]
+    assert all(set(held) == {"A", "B"} for held in own.held.values())
+    for client in (0, 1, 2):
+        assert set(own.owed_to(client)["wide"].factors) == {"A", "B"}
+
+
+def test_pairs_come_whole_where_the_method_needs_them_so():
+    own = server()
+    own.note_rank(1, "wide", 2)
+    own.took(1)
+    pair = {"A": draw(3, 11), "B": draw(7, 3)}
+    own.settle(Aggregated({"wide": Download(factors=pair)}, {}, None, None, {}))
+    assert own.owed_to(1)["wide"].factors["A"].shape == (2, 11)
+    assert own.owed_to(1, whole=True)["wide"].factors["A"].shape == (3, 11)

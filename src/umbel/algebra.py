@@ -75,6 +75,31 @@ def _svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def orthonormal(M: Tensor) -> Tensor:
+    """Returns a Q with orthonormal columns that span M's, … × d × min(d, p) for M of … × d × p, in M's dtype.
+
+    Where M's columns depend on each other Q has further directions, so that it always has as many.
+
+    >>> orthonormal(torch.tensor([[2.0], [0.0]])).abs()
+    tensor([[1.],
+            [0.]])
+    """
+    return _qr(M.double())[0].to(M.dtype)
+
+
+def within(Q: Tensor, Z: Tensor) -> Product:
+    """Returns (Q, (QᵀQ)⁻¹ Z) in float64: of an M with Z = QᵀM all that lies in the columns of Q, which must be independent.
+
+    For an orthonormal Q this is (Q, Z); one that was rounded on the wire is no longer quite that.
+
+    >>> within(2 * torch.eye(2), torch.ones(2, 1))[1]
+    tensor([[0.2500],
+            [0.2500]], dtype=torch.float64)
+    """
+    Q, Z = Q.double(), Z.double()
+    return Q, cast(Tensor, torch.linalg.solve(Q.mT @ Q, Z))  # pyright: ignore[reportUnknownMemberType]
+
+
 def solve(H: Tensor, g: Tensor) -> Tensor:
     """Returns x with H x = g, for one right-hand side g of shape … × n.
 

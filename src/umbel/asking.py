@@ -190,7 +190,7 @@ def ask(
             continue
         assert reply.payload is not None
         heard.bytes_up[str(client)] = len(reply.payload)
-        gathers = phase is not None and not phase.trains and phase.measures == "factors"
+        gathers = phase is not None and not phase.trains and phase.measures != "gradient"
         own = f" and with it its {' and '.join(phase.sends)}, which nobody else has" if phase and gathers else ""
         if phase and phase.keeps:
             own = f" and with it its own {' and '.join(phase.keeps)}, kept at home until now"

@@ -22,7 +22,7 @@ from umbel import method as methods
 from umbel import report, testing
 from umbel import run as running
 from umbel.config import Config, ConfigError
-from umbel.method import Method
+from umbel.method import HELD, Method
 from umbel.record import RecordError, locked, write_file, write_json
 
 Table = dict[str, Any]
@@ -251,14 +251,15 @@ def _phases(method: Method, rounds: int, layers: Layers, r: int, asked: int) -> 
     known: dict[Any, _Counts] = {}
     shapes = {f"{d_out}x{d_in}": (d_out, d_in) for d_out, d_in in layers}
     held = {layer: {"A": _drawn(r, d_in), "B": _drawn(d_out, r)} for layer, (d_out, d_in) in shapes.items()}
+    clients: list[testing.Client] = []
     for phase in method.plan(rounds):
         kind = type(phase), repr(getattr(phase, "__dict__", phase))
         if kind not in known:
             if "R" in phase.trains:
                 held = {layer: {"R": _drawn(r, r), **own} for layer, own in held.items()}
             trial = testing.Trial(phase, held, shapes)
-            clients = trial.clients((1.0,) * asked, (r,) * asked)
-            downloads, sent, own = trial.aggregate(clients), trial.upload(clients[0]), clients[0].factors
+            clients = clients if phase.continues else trial.clients((1.0,) * asked, (r,) * asked)
+            downloads, sent, own = trial.combined(clients), trial.upload(clients[0]), clients[0].factors
             trains = {layer: [own[layer][name] for name in phase.trains] for layer in shapes}
             factors = {layer: download.factors for layer, download in downloads.items()}
             names = sorted({name for own in factors.values() for name in own})
@@ -295,17 +296,21 @@ def travelled(method: Method, rounds: int, layers: Layers, r: int, asked: int, c
     """
     everyone = range(clients or asked)
     owed = [dict[str, int]() for _ in everyone]
-    merged, total, took_part = [0 for _ in everyone], 0, set[int]()
+    merged, total, took_part, last = [0 for _ in everyone], 0, set[int](), list[int]()
     for number, (phase, count) in enumerate(_phases(method, rounds, layers, r, asked)):
         chosen = random.Random(number).sample(everyone, asked) if phase.trains else list(everyone)
         if not phase.trains and phase.measures == "factors":
             chosen = sorted(took_part)
+        chosen = last if phase.continues else chosen
         for k in chosen if phase.sends else []:
             total += count.up + sum(owed[k].values()) + merged[k]
             owed[k], merged[k] = {}, 0
         took_part |= set(chosen) if phase.trains else set()
+        last = chosen
         for k in everyone:
-            owed[k] = {**({} if count.afresh else owed[k]), **count.factors}
+            # What is given for the next phase goes to those who are in it, and is over then.
+            before = {name: size for name, size in owed[k].items() if name in HELD and not count.afresh}
+            owed[k] = before | {name: size for name, size in count.factors.items() if name in HELD or k in chosen}
             merged[k] += count.merged
     return total / len(everyone)
 

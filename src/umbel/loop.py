@@ -95,6 +95,8 @@ def _round(
     if plan.rejoin and phase.trains:
         join(engine, plan, server, rows, barred, heard)
     asked = privacy.chosen(plan.seed, sorted(rows), plan.clients_per_round, train_round) if phase.trains else sorted(rows)
+    if phase.continues:
+        asked = server.in_phase()
     if not phase.trains and phase.measures == "factors":
         asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
     heard.seconds["record"] = committing
@@ -152,7 +154,7 @@ def _round(
     # Where a part of the model stays with the clients, there is a common model only in the end.
     if plan.observe_by == "clients":
         scores = _observe_by_clients(engine, plan, server, sorted(rows), heard) if plan.observe != "never" and last else None
-    elif (plan.observe == "rounds" and phase.trains and not phase.keeps) or (plan.observe != "never" and last):
+    elif (plan.observe == "rounds" and _ends_round(phases, index)) or (plan.observe != "never" and last):
         scores = _observe(engine, plan, server, last, heard)
     counted = train_round if _kind(phase) != "measure" else 0
     line = _line(index + 1, _kind(phase), counted, asked, heard, aggregated, scores, began)
@@ -192,12 +194,24 @@ def _collect(
 
 
 def _kind(phase: Method) -> str:
-    return "train" if phase.trains else {"gradient": "measure", "factors": "gather"}[phase.measures]
+    return "train" if phase.trains else {"gradient": "measure", "factors": "gather", "update": "update"}[phase.measures]
+
+
+def _ends_round(phases: list[Method], index: int) -> bool:
+    """Whether there is a new common model after this phase: a training round is over, and nothing of it stays at home."""
+    phase = phases[index]
+    over = index + 1 == len(phases) or not phases[index + 1].continues
+    return over and (phase.continues or bool(phase.trains and not phase.keeps))
 
 
 def _request(server: Server, phase: Method, echo: Mapping[str, Any], train_round: int, plan: Plan, samples: int) -> bytes:
     client = echo["client"]
-    packed, tensors = wire.pack(server.owed_to(client))
+    owed = server.owed_to(client, plan.method.whole)
+    packed, tensors = wire.pack(owed)
+    # Whoever starts afresh must know how large the common factors are.
+    ranks = {layer: server.layers[layer].rank for layer, own in owed.items() if own.reset is not None and plan.method.whole}
+    # Within a round, heads stay as each client trained them.
+    tensors |= {} if phase.continues else wire.pack_plain(server.plain)
     header = {
         **echo,
         "has": server.has.get(client, -1),
@@ -209,9 +223,10 @@ def _request(server: Server, phase: Method, echo: Mapping[str, Any], train_round
         "sends": phase.sends,
         "keeps": phase.keeps,
         "samples": samples,
+        **({"ranks": ranks} if ranks else {}),
         **packed,
     }
-    return wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)), server.dtype)
+    return wire.encode(wire.Message(header, tensors), server.dtype)
 
 
 def _observe(engine: Engine, plan: Plan, server: Server, generate: bool, heard: Heard) -> dict[str, Any] | None:
@@ -240,7 +255,7 @@ def _observe_by_clients(engine: Engine, plan: Plan, server: Server, clients: lis
     scored: list[dict[str, float]] = []
 
     def request(client: int) -> bytes:
-        return _observation(server, seen.echo(client), True, server.dtype)
+        return _observation(server, seen.echo(client), True, server.dtype, plan.method.whole)
 
     for reply in in_order(ask(engine, server, None, clients, request, seen), clients):
         message = read(reply, seen)
@@ -276,9 +291,9 @@ def _mean_scores(scored: list[dict[str, float]]) -> dict[str, float] | None:
     return result or None
 
 
-def _observation(server: Server, echo: Mapping[str, Any], generate: bool, dtype: str) -> bytes:
+def _observation(server: Server, echo: Mapping[str, Any], generate: bool, dtype: str, whole: bool = False) -> bytes:
     client = echo["client"]
-    packed, tensors = wire.pack(server.owed_to(client))
+    packed, tensors = wire.pack(server.owed_to(client, whole))
     header = {**echo, "has": server.has.get(client, -1), "keep": server.round, "generate": generate, **packed}
     return wire.encode(wire.Message(header, tensors | wire.pack_plain(server.plain)), dtype)
 

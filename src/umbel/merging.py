@@ -454,6 +454,11 @@ def _refusal(chosen: Method) -> str | None:
     """Why a method cannot work from finished adapters, or None where it can."""
     if chosen.keeps:
         return f"leaves {', '.join(chosen.keeps)} with each client, so that there is no common adapter"
+    if chosen.speaks:
+        return (
+            "asks every client more than once, each time about what the last answers came to, which finished adapters cannot "
+            "answer; best_rank and flexlora compute from them what it comes near"
+        )
     if set(chosen.sends) == {"B"}:
         return "averages B on an A that all clients must share; where all folders have the same A, fedit gives the same"
     if set(chosen.sends) != {"A", "B"}:

@@ -28,7 +28,11 @@ from umbel import algebra
 Factors = dict[str, Tensor]
 """The named matrices of one layer: `{"A": r × d_in, "B": d_out × r}`, with `"R": r × r` between them for Fed-SB.
 
-An R of r × b with b < r holds the r / b diagonal blocks of a block-diagonal R, one below the other."""
+An R of r × b with b < r holds the r / b diagonal blocks of a block-diagonal R, one below the other. A factor of any other name
+is no part of the adapter: it is said in a `message`, or given by a download for the next phase only."""
+
+HELD = ("A", "B", "R")
+"""Names of the factors that an adapter holds."""
 
 
 class MethodError(ValueError):
@@ -43,7 +47,8 @@ class Download:
     name (others stay), `merge` adds a product to the frozen weight.
 
     Args:
-        factors: Factors to overwrite, in units of ΔW.
+        factors: Factors to overwrite, in units of ΔW. One that no adapter holds (not A, B or R) is given to those whose uploads
+            were combined, for the `message` of the next phase, and to the server's next `combine`; then it is gone.
         merge: `(B, A)`, d_out × p and p × d_in; the frozen weight W becomes W + B A.
         reset: Start the adapter afresh (A random from this seed, B = 0). A method gives any number; the server
             mixes the run's seed, the round and the layer's name into it.
@@ -56,7 +61,7 @@ class Download:
     def then(self, later: "Download") -> "Download":
         """Returns the one download that has the effect of this one followed by `later`.
 
-        Factors supersede, merges add, a reset clears the factors before it.
+        Factors supersede, merges add, a reset clears the factors before it, and what was given for one phase is over.
 
         >>> first = Download(factors={"A": torch.ones(1, 2)}, merge=(torch.ones(3, 1), torch.ones(1, 2)))
         >>> both = first.then(Download(merge=(torch.ones(3, 1), torch.ones(1, 2)), reset=7))
@@ -64,10 +69,18 @@ class Download:
         ({}, 7, torch.Size([3, 2]))
         """
         return Download(
-            factors=later.factors if later.reset is not None else {**self.factors, **later.factors},
+            factors=later.factors if later.reset is not None else {**self.lasting().factors, **later.factors},
             merge=algebra.add_products(self.merge, later.merge),
             reset=self.reset if later.reset is None else later.reset,
         )
+
+    def lasting(self) -> "Download":
+        """Returns the download without what is given for the next phase only.
+
+        >>> Download(factors={"A": torch.ones(1, 2), "Q": torch.ones(3, 1)}).lasting().factors.keys()
+        dict_keys(['A'])
+        """
+        return dataclasses.replace(self, factors={name: x for name, x in self.factors.items() if name in HELD})
 
     def cut(self, rank: int) -> "Download":
         """Returns the download for a client of a smaller rank: of a pair (A, B) only the first, most important directions.
@@ -259,26 +272,41 @@ class Method(ABC):
     Class attributes:
         trains: Factors that have a gradient at the client. Empty: the client takes no steps and sends what `measures`
             says.
-        sends: Factors that go up. A factor that is trained and not sent stays at the client, in its files, and so do
-            heads and biases then: there is no common model, and the aggregation error means nothing.
+        sends: Factors that go up, or the names that `message` gives to what goes up in their place. A factor that is trained
+            and not sent stays at the client, in its files, and so do heads and biases then: there is no common model, and the
+            aggregation error means nothing. A method with a message of its own keeps nothing back.
         collect: How the server keeps uploads: `Mean`, `Each` or `Stack`.
         measures: What clients send where nothing is trained. "gradient" of the frozen weights: `("G",)` is dense,
             d_out × d_in, and `("A", "B")` its best product of the adapter's rank. "factors": what they hold, heads too.
+            "update": one more `message` of what they trained in this round. Only those are asked whose upload was folded in
+            the phase before, and the round is over when no such phase follows.
         mixed_ranks: Takes clients of different rank. Held factors then have the largest.
+        whole: Clients of a smaller rank get pairs (A, B) whole, since their `message` needs them, and cut their own.
         by_rows: The aggregate is meant to be Σ p_k ΔW_k with p_k = n_k / Σ n_j. False where clients are weighed by more.
     """
 
     trains: ClassVar[tuple[str, ...]] = ("A", "B")
     sends: ClassVar[tuple[str, ...]] = ("A", "B")
     collect: ClassVar[type[Collector]] = Mean
-    measures: ClassVar[Literal["gradient", "factors"]] = "gradient"
+    measures: ClassVar[Literal["gradient", "factors", "update"]] = "gradient"
     mixed_ranks: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     by_rows: ClassVar[bool] = True
 
     @property
     def keeps(self) -> tuple[str, ...]:
         """Factors that stay at the client: trained and not sent."""
-        return tuple(name for name in self.trains if name not in self.sends)
+        return () if self.speaks else tuple(name for name in self.trains if name not in self.sends)
+
+    @property
+    def speaks(self) -> bool:
+        """True where clients send a `message` of their own making in the place of factors."""
+        return type(self).message is not Method.message
+
+    @property
+    def continues(self) -> bool:
+        """True for a phase that goes on with the round of the phase before."""
+        return not self.trains and self.measures == "update"
 
     @property
     def exact(self) -> bool:
@@ -307,7 +335,7 @@ class Method(ABC):
     def combine(self, got: Any, held: Factors) -> Download:
         """Turns the uploads of one layer into what every client does next. Inputs are not modified."""
 
-    # At the client; most methods leave both as they are.
+    # At the client; most methods leave all three as they are.
 
     def penalty(self, factors: Factors) -> Tensor | None:
         """Returns what one layer adds to a client's training loss, a scalar with a gradient; None adds nothing.
@@ -325,6 +353,17 @@ class Method(ABC):
             after: What training made of it.
         """
         return after
+
+    def message(self, own: Factors, common: Factors) -> Factors:
+        """Returns what a client sends of one layer, named as in `sends`: the factors themselves, unless a method says else.
+
+        Its shapes depend on the layer and on `common` alone, not on the client's rank.
+
+        Args:
+            own: The client's factors after this round's training, in units of ΔW. Not to be modified.
+            common: What all clients held when the round began, at the largest rank, and what the last phase's download gave.
+        """
+        return {name: own[name] for name in self.sends}
 
 
 def blind_sum(method: Method, rounds: int = 4) -> str:

@@ -18,6 +18,9 @@ from umbel.traffic import FOLLOWED, WAYS, Sites, TooWide, Traffic, traffic
 MOST_SIDE = 2048
 """Of a shrunk layer, for methods that are not in the file: what does not fit is left out, since it takes minutes."""
 
+WITHIN = ("train", "update")
+"""Phases that make up a training round."""
+
 FLOAT = 4
 """Bytes of a number of the adapter, whatever the model's dtype: PEFT trains it in float32."""
 
@@ -274,18 +277,21 @@ def _sent(told: Traffic, rows: Mapping[int, int]) -> dict[str, Any]:
 
     sites = {k: summed(told.lines, k) for k in rows}
     most = max(sites, key=lambda k: sum(sites[k].values()))
-    training = [line for line in told.lines if line["phase"] == "train"]
-    mine = [line for line in training if str(most) in line["bytes_down"]]
-    later = summed(mine[1:], most)
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for line in told.lines:
+        if line["phase"] in WITHIN:
+            rounds.setdefault(line["train_round"], []).append(line)
+    mine = [lines for lines in rounds.values() if str(most) in lines[0]["bytes_down"]]
+    later = summed([line for lines in mine[1:] for line in lines], most)
     return {
         "site": most,
-        "first_round": summed(mine[:1], most),
+        "first_round": summed(mine[0] if mine else [], most),
         "later_round": {way: round(size / max(1, len(mine) - 1)) for way, size in later.items()},
-        "besides": summed([line for line in told.lines if line["phase"] != "train"], most),
+        "besides": summed([line for line in told.lines if line["phase"] not in WITHIN], most),
         "run": sites[most],
         "sites": {str(k): own for k, own in sites.items()},
         "all_sites": {way: sum(own[way] for own in sites.values()) for way in WAYS},
-        "training_rounds": len(training),
+        "training_rounds": len(rounds),
     }
 
 
@@ -334,7 +340,9 @@ def _memory(
         "merged": merged,
         "messages": 2 * largest,
     }
-    state = adapter + products + (moments if config.training.optimizer_state == "keep" else 0)
+    # What all held when the round began stays in the file where messages need it.
+    common = FLOAT * _numbers(layers) if any(phase.speaks for phase in phases) else 0
+    state = adapter + products + common + (moments if config.training.optimizer_state == "keep" else 0)
     return {
         "site": {**site, "total": sum(size or 0 for size in site.values())},
         # Two states, so that a kill at any moment leaves a whole one.

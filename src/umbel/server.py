@@ -128,10 +128,13 @@ class Server:
         # What is owed to clients that have so many rounds; clients that left together share one composition.
         self.owed: dict[int, dict[str, Download]] = {-1: {layer: Download(reset=seed) for layer in self.layers}}
 
-    def owed_to(self, client: int) -> dict[str, Download]:
-        """Returns all that happened since the client last took its downloads, composed per layer and cut to its rank."""
+    def owed_to(self, client: int, whole: bool = False) -> dict[str, Download]:
+        """Returns all that happened since the client last took its downloads, composed per layer.
+
+        Pairs are cut to the client's rank, unless `whole`.
+        """
         owed, own = self.owed[self.has.get(client, -1)], self.ranks.get(client)
-        if not own:
+        if not own or whole:
             return owed
         return {layer: download.cut(own[layer]) if layer in own else download for layer, download in owed.items()}
 
@@ -149,8 +152,16 @@ class Server:
         self.has[client] = self.round
         self.owed.setdefault(self.round, {})
 
+    def in_phase(self) -> list[int]:
+        """Returns the clients whose uploads were folded in the last phase."""
+        return sorted(client for client, has in self.has.items() if has == self.round - 1 and client != OBSERVER)
+
     def settle(self, aggregated: Aggregated) -> None:
-        """Ends a round: what was combined is held from now on, and owed to everybody."""
+        """Ends a phase: what was combined is held from now on, and owed to everybody.
+
+        What is given for the next phase only is owed to those whose uploads were folded in this one.
+        """
+        folded = self.round
         self.round += 1
         for client, own in aggregated.ranks.items():
             for layer, rank in own.items():
@@ -159,8 +170,10 @@ class Server:
             self._hold(layer, download)
         self.plain = {**self.plain, **aggregated.plain}
         wanted = {*self.has.values(), -1}
+        new = {layer: aggregated.downloads.get(layer, Download()) for layer in self.layers}
+        lasting = {layer: download.lasting() for layer, download in new.items()}
         self.owed = {
-            has: {layer: owed.get(layer, Download()).then(aggregated.downloads.get(layer, Download())) for layer in self.layers}
+            has: {layer: owed.get(layer, Download()).then((new if has == folded else lasting)[layer]) for layer in self.layers}
             for has, owed in self.owed.items()
             if has in wanted
         }
@@ -168,7 +181,7 @@ class Server:
     def _hold(self, layer: str, download: Download) -> None:
         if download.reset is not None:
             self.held[layer] = fresh_factors(layer, self.layers[layer], download.reset)
-        self.held[layer] = {**self.held[layer], **download.factors}
+        self.held[layer] = {**Download(self.held[layer]).lasting().factors, **download.factors}
         merged = algebra.add_products(self.merged.get(layer), download.merge)
         if merged is not None:
             self.merged[layer] = merged
@@ -261,8 +274,10 @@ class Aggregator:
         self._given: tuple[Callable[[str], Factors], Mapping[str, Tensor]] | None = None
         # ΔW is linear in a factor that is sent alone, so its mean gives Σ p_k ΔW_k; with two, every product is needed.
         self._alone = len(self.phase.sends) == 1
-        # A measurement has no update whose aggregate could be wrong; neither have clients that keep a part of theirs.
-        self._measured = self.measure_error and self.phase.trains and not self.phase.keeps
+        # A measurement has no update whose aggregate could be wrong; neither have clients that keep a part of theirs. And what
+        # a message tells of an update is not all of it.
+        self._measured = self.measure_error and self.phase.trains and not self.phase.keeps and not self.phase.speaks
+        self._said: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def add(self, client: int, weight: float, factors: Mapping[str, Factors], plain: Mapping[str, Tensor]) -> None:
         """Checks one client's upload whole, then takes it; the arguments are those of `check`.
@@ -299,9 +314,10 @@ class Aggregator:
     def most_bytes(self) -> int:
         """Returns how long an honest upload can be: every factor at its largest, and its header."""
         numbers = sum(math.prod(shape) for shape in (self.server.plain_shapes or {}).values())
-        for shape in self.server.layers.values():
+        for layer, shape in self.server.layers.items():
             sizes = {"A": shape.rank * shape.d_in, "B": shape.rank * shape.d_out, "R": shape.rank**2}
             sizes["G"] = shape.d_in * shape.d_out
+            sizes |= {name: math.prod(said) for name, said in self._message_shapes(layer).items()}
             numbers += sum(sizes.get(name, 0) for name in self.phase.sends)
         return 4 * numbers + self.most_header()
 
@@ -354,6 +370,12 @@ class Aggregator:
         Raises:
             Refused: It sent what it was sent, up to the last bit that its own scale may cost; or a pair whose product is zero.
         """
+        if (
+            self.phase.speaks
+            and self.phase.trains
+            and all(self._says_held(client, layer, own) for layer, own in factors.items())
+        ):
+            raise Refused(f"client {client} sent what follows from the factors that it was sent: it has not trained")
         trained = [name for name in self.phase.sends if name in self.phase.trains]
         # A does not move in the first step of a new adapter, since its gradient is Bᵀ G and B = 0.
         still = trained == ["A"] and self.server.has.get(client, -1) < 0
@@ -370,6 +392,13 @@ class Aggregator:
         ):
             raise Refused(f"client {client} sent B = 0 in every layer, so its update is zero: it has not trained")
 
+    def _says_held(self, client: int, layer: str, own: Factors) -> bool:
+        """Whether a client's message is that of the factors it was sent, up to the rounding of other machines' products."""
+        held = self.server.held[layer]
+        said = self.phase.message(Download(held).cut(self.server.rank_of(client, layer)).factors, held)
+        was = {name: wire.rounded(x, self.server.dtype, name) for name, x in said.items()}
+        return all(float(algebra.frobenius(own[name] - x)) <= 2.0**-20 * float(algebra.frobenius(x)) for name, x in was.items())
+
     def _is_held(self, layer: str, name: str, x: Tensor) -> bool:
         # A fresh adapter was drawn by both sides and never rounded.
         was = wire.rounded(self.server.held[layer][name], self.server.dtype, name)
@@ -385,13 +414,13 @@ class Aggregator:
     def norm(self, client: int, factors: Mapping[str, Factors]) -> float:
         """Returns ‖ΔW‖_F of a client's adapter over all layers, from Gram matrices of its factors; they passed `check`.
 
-        Where the server does not know ΔW, because a factor stays at the client or a gradient was sent, it is the norm of what
-        was sent.
+        Where the server does not know ΔW, because a factor stays at the client or something else was sent, it is the norm of
+        what was sent.
         """
         return math.sqrt(sum(self._square(client, layer, own) for layer, own in factors.items()))
 
     def _square(self, client: int, layer: str, own: Factors) -> float:
-        if "G" in own or self.phase.keeps:
+        if "G" in own or self.phase.keeps or self.phase.speaks:
             return sum(float(x.double().square().sum()) for x in own.values())
         known = self.server.held[layer]
         if not {"A", "B"} <= own.keys():
@@ -420,10 +449,18 @@ class Aggregator:
             "B": (shape.d_out, rank),
             "R": tuple(self.server.held[layer]["R"].shape) if "R" in self.server.held[layer] else (rank, rank),
             "G": (shape.d_out, shape.d_in),
+            **self._message_shapes(layer),
         }
         for name, x in own.items():
             if tuple(x.shape) != expected.get(name):
                 raise Refused(f"{where} sent {name} of shape {tuple(x.shape)}, wanted {expected.get(name)}")
+
+    def _message_shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of what clients say of a layer; nothing where they send factors."""
+        if self.phase.speaks and layer not in self._said:
+            held = self.server.held[layer]
+            self._said[layer] = {name: tuple(x.shape) for name, x in self.phase.message(held, held).items()}
+        return self._said.get(layer, {})
 
     def done(self) -> Aggregated:
         """Combines what was folded.

@@ -2,10 +2,12 @@
 
 The suite knows no method by name. It walks the phases of `plan`, invents clients of two layers (one wide, one tall, neither
 side equal to the rank), folds their factors through the phase's collector, applies what comes back as a client would, and
-compares dense matrices in float64. What a method must satisfy follows from `trains`, `sends`, `collect` and `exact`.
+compares dense matrices in float64. Phases that go on with a round are taken with the one that began it. What
+a method must satisfy follows from `trains`, `sends`, `collect` and `exact`.
 """
 
 import gc
+import itertools
 import sys
 import types
 import weakref
@@ -87,17 +89,29 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Trial:
-    """One phase of a method with invented clients.
+    """One phase of a method with invented clients, and those that go on with its round.
 
     Args:
         phase: The phase.
         held: Per layer the factors that all clients hold at the start.
         shapes: Per layer (d_out, d_in).
+        rest: The phases of the same round that follow it.
     """
 
     phase: Method
     held: Layers
     shapes: Shapes
+    rest: tuple[Method, ...] = ()
+
+    def exchanges(self, clients: list[Client]) -> Iterator["Trial"]:
+        """Yields this trial and those of the further phases of its round, each with what the one before gave."""
+        trial = self
+        yield trial
+        for later, phase in enumerate(self.rest, 1):
+            downloads = trial.combined(clients)
+            held = {layer: {**own, **downloads[layer].factors} for layer, own in trial.held.items()}
+            trial = replace(self, phase=phase, held=held, rest=self.rest[later:])
+            yield trial
 
     def clients(self, rows: tuple[float, ...] = ROWS, ranks: tuple[int, ...] | None = None) -> list[Client]:
         """Clients that trained apart; with `ranks`, on the first so many directions of the common factors."""
@@ -112,7 +126,8 @@ class Trial:
             gradient = not self.phase.trains and self.phase.measures == "gradient"
             common = {} if gradient else held
             seeds = {name: 1000 * i + 10 * k + 100 + "ABRG".index(name) for name in sizes}
-            moved = {name: _draw(*sizes[name], seeds[name]) for name in self.phase.trains or self.phase.sends}
+            sends = [name for name in self.phase.sends if name in sizes]
+            moved = {name: _draw(*sizes[name], seeds[name]) for name in self.phase.trains or sends}
             factors[layer] = common | {name: common.get(name, 0) + 0.5 * x for name, x in moved.items()}
         return Client(factors, rows)
 
@@ -138,7 +153,7 @@ class Trial:
         return result
 
     def upload(self, client: Client) -> Layers:
-        return {layer: {name: own[name] for name in self.phase.sends} for layer, own in client.factors.items()}
+        return {layer: self.phase.message(own, self.held[layer]) for layer, own in client.factors.items()}
 
     def collectors(self, clients: list[Client]) -> dict[str, Collector]:
         folded = {layer: self.phase.collect() for layer in self.shapes}
@@ -148,8 +163,14 @@ class Trial:
         return folded
 
     def aggregate(self, clients: list[Client], held: Layers | None = None) -> dict[str, Download]:
+        """Returns what comes of a whole round: of this phase, or of the last that goes on with it."""
+        *_, last = (self if held is None else replace(self, held=held)).exchanges(clients)
+        return last.combined(clients)
+
+    def combined(self, clients: list[Client]) -> dict[str, Download]:
+        """Returns what comes of this phase alone."""
         got = {layer: c.done() if self.phase.sends else {} for layer, c in self.collectors(clients).items()}
-        downloads = self.phase.combine_layers(got, self.held if held is None else held)
+        downloads = self.phase.combine_layers(got, self.held)
         if downloads.keys() != self.shapes.keys():
             raise _Broken(f"got downloads for {sorted(downloads)}, wanted {sorted(self.shapes)}")
         for layer, download in downloads.items():
@@ -176,7 +197,7 @@ class Trial:
 
 def _cut(factors: Factors, rank: int) -> Factors:
     cuts = {"A": (rank, None), "B": (None, rank), "R": (rank, rank)}
-    return {name: x[: cuts[name][0], : cuts[name][1]] for name, x in factors.items()}
+    return {name: x[: cuts[name][0], : cuts[name][1]] for name, x in factors.items() if name in cuts}
 
 
 def _dense(factors: Factors) -> Tensor:
@@ -187,7 +208,7 @@ def _dense(factors: Factors) -> Tensor:
 def _effect(download: Download, own: Factors) -> Tensor:
     if download.reset is not None:
         own = {"A": own["A"], "B": torch.zeros_like(own["B"])}
-    dense = _dense(own | download.factors)
+    dense = _dense(own | download.lasting().factors)
     return dense if download.merge is None else dense + download.merge[0].double() @ download.merge[1].double()
 
 
@@ -199,8 +220,8 @@ def _tensors(download: Download) -> dict[str, Tensor]:
 def _check_shapes(layer: str, download: Download, d_out: int, d_in: int) -> None:
     for name, x in _tensors(download).items():
         side = name.removeprefix("merge.")
-        wanted = {"A": (x.shape[0], d_in), "B": (d_out, x.shape[-1]), "R": (x.shape[0], x.shape[-1])}.get(side)
-        if tuple(x.shape) != wanted:
+        sides = {"A": (x.shape[0], d_in), "B": (d_out, x.shape[-1]), "R": (x.shape[0], x.shape[-1])}
+        if tuple(x.shape) != sides.get(side, tuple(x.shape)):
             raise _Broken(f"layer of {d_out} × {d_in}: got {name} of shape {tuple(x.shape)}")
         if not torch.isfinite(x).all():
             raise _Broken(f"layer {layer!r}: {name} has NaN or infinity")
@@ -352,17 +373,18 @@ def _dtype(trial: Trial) -> str:
 @_claim("uploads and downloads survive the wire to the last bit")
 def _wire(trial: Trial) -> str:
     clients = [replace(client, factors=_to(client.factors, torch.float32)) for client in trial.clients()]
-    sent = trial.upload(clients[0])
-    arrived = wire.unpack_factors(wire.decode(wire.encode(wire.Message({}, wire.pack_factors(sent)))).tensors)
-    for layer in sent if trial.phase.sends else ():
-        _equal(sent[layer], arrived.get(layer, {}), "the way up")
-    downloads = trial.aggregate(clients, _to(trial.held, torch.float32))
-    message = wire.decode(wire.encode(wire.Message(*wire.pack(downloads))))
-    got = wire.unpack(message.header, message.tensors)
-    for layer, download in downloads.items():
-        _equal(_tensors(download), _tensors(got.get(layer, Download())), "the way down")
-        if download.reset != got.get(layer, Download()).reset:
-            raise _Broken("reset differs after the way down")
+    for exchange in replace(trial, held=_to(trial.held, torch.float32)).exchanges(clients):
+        sent = exchange.upload(clients[0])
+        arrived = wire.unpack_factors(wire.decode(wire.encode(wire.Message({}, wire.pack_factors(sent)))).tensors)
+        for layer in sent if exchange.phase.sends else ():
+            _equal(sent[layer], arrived.get(layer, {}), "the way up")
+        downloads = exchange.combined(clients)
+        message = wire.decode(wire.encode(wire.Message(*wire.pack(downloads))))
+        got = wire.unpack(message.header, message.tensors)
+        for layer, download in downloads.items():
+            _equal(_tensors(download), _tensors(got.get(layer, Download())), "the way down")
+            if download.reset != got.get(layer, Download()).reset:
+                raise _Broken("reset differs after the way down")
     return "equal"
 
 
@@ -392,10 +414,13 @@ def _mixed(trial: Trial) -> str | None:
 def _memory(trial: Trial) -> str | None:
     if not issubclass(trial.phase.collect, Mean) or not trial.phase.sends:
         return None
-    few, many, one = bytes_kept(trial, 2), bytes_kept(trial, 8), bytes_kept(trial, 1)
-    if many - few > one:
-        raise _Broken(f"{few} bytes after 2 clients, {many} after 8")
-    return f"{many} bytes"
+    most = 0
+    for exchange in trial.exchanges(trial.clients()):
+        few, many, one = bytes_kept(exchange, 2), bytes_kept(exchange, 8), bytes_kept(exchange, 1)
+        if many - few > one:
+            raise _Broken(f"{few} bytes after 2 clients, {many} after 8")
+        most = max(most, many)
+    return f"{most} bytes"
 
 
 def bytes_kept(trial: Trial, K: int) -> int:
@@ -444,15 +469,16 @@ def _title(index: int, phase: Method) -> str:
 
 
 def trials(method: Method, shapes: Shapes) -> Iterator[tuple[str, Trial]]:
-    """Yields every different phase of a plan with what clients hold when it begins."""
+    """Yields every different phase of a plan with what clients hold when it begins, and what goes on with it."""
     held: Layers = {
         layer: {"A": _draw(RANK, d_in, 2 * i), "B": _draw(d_out, RANK, 2 * i + 1)}
         for i, (layer, (d_out, d_in)) in enumerate(shapes.items())
     }
     seen: list[tuple[type[Method], str]] = []
-    for index, phase in enumerate(method.plan(4)):
+    phases = list(method.plan(4))
+    for index, phase in enumerate(phases):
         kind = type(phase), repr(getattr(phase, "__dict__", phase))
-        if kind in seen:
+        if kind in seen or phase.continues:
             continue
         seen.append(kind)
         if "R" in phase.trains:
@@ -460,7 +486,8 @@ def trials(method: Method, shapes: Shapes) -> Iterator[tuple[str, Trial]]:
                 layer: {**own, "R": _draw(*own["R"].shape, 9) if "R" in own else _draw(RANK, RANK, 9)}
                 for layer, own in held.items()
             }
-        trial = Trial(phase, held, shapes)
+        rest = tuple(itertools.takewhile(lambda later: later.continues, phases[index + 1 :]))
+        trial = Trial(phase, held, shapes, rest)
         yield _title(index, phase), trial
         if not phase.trains:
             try:
@@ -504,15 +531,13 @@ def check_method(method: Method | type[Method] | str, **options: Any) -> list[Re
 
 def _maskable(trial: Trial) -> bool:
     """Do the collectors see only Σ n_k X_k? Then masks m_k with Σ m_k = 0, sent as X_k + m_k / n_k, change nothing."""
-    clients, masked = trial.clients(), list[Client]()
+    clients = trial.clients()
+    plain, hidden = trial.collectors(clients), {layer: trial.phase.collect() for layer in trial.shapes}
     for k, client in enumerate(clients):
         sign = 1 if k % 2 else -1  # pairs of clients share a mask
-        own = {
-            layer: {name: x + sign * _draw(x.shape[0], x.shape[1], 500 + k // 2) / client.rows for name, x in factors.items()}
-            for layer, factors in client.factors.items()
-        }
-        masked.append(replace(client, factors=own))
-    plain, hidden = trial.collectors(clients), trial.collectors(masked)
+        for layer, said in trial.upload(client).items():
+            masks = {name: sign * _draw(x.shape[0], x.shape[1], 500 + k // 2) / client.rows for name, x in said.items()}
+            hidden[layer].add({name: x + masks[name] for name, x in said.items()}, client.rows)
     for layer in plain:
         a, b = plain[layer].done(), hidden[layer].done()
         if not (isinstance(a, dict) and isinstance(b, dict)):
@@ -524,6 +549,8 @@ def _maskable(trial: Trial) -> bool:
 
 def capabilities(method: Method | type[Method] | str, **options: Any) -> dict[str, Any]:
     """Measures what a method can do; nothing of it is declared.
+
+    A round of several exchanges counts with all of their bytes.
 
     Returns:
         `error` is the worst ‖ΔW − Σ p_k ΔW_k‖ / ‖Σ p_k ΔW_k‖ over clients and training phases in float64, `exact` whether it
@@ -540,16 +567,17 @@ def capabilities(method: Method | type[Method] | str, **options: Any) -> dict[st
     found |= dict.fromkeys(("bytes_up", "bytes_down", "start_bytes_up", "start_bytes_down"), 0)
     empty = len(wire.encode(wire.Message(*wire.pack({}))))
     for _, trial in trials(made, TINY):
-        clients = trial.clients()
-        up = len(wire.encode(wire.Message({"reset": {}}, wire.pack_factors(trial.upload(clients[0]))))) - empty
-        down = len(wire.encode(wire.Message(*wire.pack(trial.aggregate(clients))))) - empty
+        clients, up, down = trial.clients(), 0, 0
+        for exchange in trial.exchanges(clients):
+            up += len(wire.encode(wire.Message({"reset": {}}, wire.pack_factors(exchange.upload(clients[0]))))) - empty
+            down += len(wire.encode(wire.Message(*wire.pack(exchange.combined(clients))))) - empty
+            if exchange.phase.sends:
+                found["maskable"] &= _maskable(exchange)
+                if bytes_kept(exchange, 8) - bytes_kept(exchange, 2) > bytes_kept(exchange, 1):
+                    found["server_memory"] = "grows with clients"
         kind = "" if trial.phase.trains else "start_"
         found[f"{kind}bytes_up"] = max(found[f"{kind}bytes_up"], up)
         found[f"{kind}bytes_down"] = max(found[f"{kind}bytes_down"], down)
-        if trial.phase.sends:
-            found["maskable"] &= _maskable(trial)
-            if bytes_kept(trial, 8) - bytes_kept(trial, 2) > bytes_kept(trial, 1):
-                found["server_memory"] = "grows with clients"
         if trial.phase.trains:
             ideal = trial.ideal(clients)
             found["error"] = max(found["error"], *(difference(row, ideal) for row in trial.effects(clients)))

@@ -24,7 +24,7 @@ from umbel import wire
 from umbel.client import masked
 from umbel.engine import Ask, Reply
 from umbel.loop import Plan, federate
-from umbel.method import Factors, Mean, Method
+from umbel.method import HELD, Factors, Mean, Method
 from umbel.record import Record
 from umbel.server import Aggregator, LayerShape, Server, ServerError
 
@@ -159,7 +159,8 @@ def _whole_run(
         else:
             fitting = [i for i, own in enumerate(known) if own == step]
             late = [i for i in fitting if i >= len(known) // 2] or fitting
-            like = late[index % len(late)] if in_turn else late[-1]
+            # By the training round, so that what goes on with a round is of the same clients.
+            like = late[train_round % len(late)] if in_turn else late[-1]
         line = lines[like + 1]
         result.append({**line, "round": index + 1, "train_round": train_round if line["train_round"] else 0})
     return result
@@ -273,6 +274,7 @@ def _compact(value: Any, ascii: bool = False) -> str:
 
 STAGES = {
     "train": (("wire", "adapter", "fit", "evaluate", "record"), ("loss", "steps", "scores")),
+    "update": (("wire", "adapter", "record"), ()),
     "measure": (("wire", "adapter", "fit", "record"), ()),
     "gather": (("wire", "adapter", "evaluate", "record"), ("scores",)),
 }
@@ -299,7 +301,9 @@ class Answering:
         self.place, self.sites, self.small, self.agree = place, sites, small, agree
         self.method, self.dtype = plan.method, plan.dtype
         self.rank = {layer: sites.ranks.get(number, shape.rank) for layer, shape in small.layers.items()}
+        self._phases = list(plan.method.plan(plan.rounds))
         self._R: dict[str, Shape] = {}
+        self._given: dict[str, Factors] = {}
         self._drawn: dict[tuple[str, str, Shape], Tensor] = {}
         # All alike, so that no upload weighs more: a spectrum of weights would be no flat one.
         self.rows = 1 if plan.privacy.secure_aggregation else max(sites.rows.values())
@@ -317,25 +321,30 @@ class Answering:
             return wire.encode(wire.Message({**echo, **self.exchange.answer(header)}))
         self.take({name: entry["shape"] for name, entry in entries.items()})
         measures = header["kind"] == "measure"
+        phase = self._phases[header["round"] - 1]
         if self.agree and header["kind"] == "train":
             self._give_up()
-        factors = self.factors(header["sends"], header["round"])
-        sends_plain = not measures and not header["keeps"]
+        factors = self.upload(phase, header["round"])
+        sends_plain = not measures and not header["keeps"] and not phase.continues
         tensors = wire.pack_factors(factors) | (wire.pack_plain(self.plain(header["round"])) if sends_plain else {})
         rows = max(1, min(header["samples"], self.rows)) if measures else self.rows
         stages, keys = STAGES[header["kind"]]
         told = {"steps": 1, **self.sites.said}
         said = {key: told[key] for key in keys if key in told}
+        said |= {} if self.dtype == "float32" else {"rounding": 1 / 300}
+        shown = {"rows": rows, **said}
         if self.exchange is not None:
             tensors, shown = self.exchange.mask(header, rows, said.get("loss"), tensors), {}
-        else:
-            shown = {"rows": rows, **said}
         answer = {**echo, **shown, "seconds": dict.fromkeys(stages, 0.123)}
         return wire.encode(wire.Message(answer, tensors), self.dtype)
 
     def take(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Notes the shape of an R that came down, from tensors' names and shapes."""
+        """Notes the shape of an R that came down, and of what was given for this phase, from tensors' names and shapes."""
         self._R |= {name.removesuffix("|R"): tuple(shape) for name, shape in shapes.items() if name.endswith("|R")}
+        for key, shape in shapes.items():
+            layer, _, name = key.rpartition("|")
+            if layer in self.rank and name not in (*HELD, "merge.B", "merge.A"):
+                self._given.setdefault(layer, {})[name] = torch.eye(shape[0], shape[1])
 
     def _give_up(self) -> None:
         """Lets the method cut this client's rank after a training that made everything smaller."""
@@ -353,6 +362,17 @@ class Answering:
     def factors(self, sends: Iterable[str], index: int) -> dict[str, Factors]:
         """Returns what is sent in a round: other numbers in each."""
         return {layer: {name: self._factor(layer, name) * (1 + index / 64) for name in sends} for layer in self.rank}
+
+    def upload(self, phase: Method, index: int) -> dict[str, Factors]:
+        """Returns what is sent in a phase."""
+        if not phase.speaks:
+            return self.factors(phase.sends, index)
+        result: dict[str, Factors] = {}
+        for layer, own in self.factors(("A", "B"), index).items():
+            shape = self.small.layers[layer]
+            common = {"A": torch.ones(shape.rank, shape.d_in), "B": torch.ones(shape.d_out, shape.rank)}
+            result[layer] = phase.message(own, common | self._given.get(layer, {}))
+        return result
 
     def _factor(self, layer: str, name: str) -> Tensor:
         rank = self.rank[layer]
@@ -452,14 +472,14 @@ def _kept(plan: Plan, sites: Sites) -> tuple[int, dict[str, int]]:
     most, merged = 0, dict[str, int]()
     for index, phase in enumerate(list(plan.method.plan(1))):
         everybody = list(clients)
-        asked = everybody[: plan.clients_per_round or None] if phase.trains else everybody
+        asked = everybody[: plan.clients_per_round or None] if phase.trains or phase.continues else everybody
         aggregator = Aggregator(phase, server, plan.measure_error)
         for k in asked if phase.sends else []:
             for layer, rank in clients[k].rank.items():
                 server.note_rank(k, layer, rank)
             clients[k].take({name: x.shape for name, x in wire.pack_factors(server.held).items()})
             plain = clients[k].plain(index + 1) if aggregator._sends_plain() else {}  # pyright: ignore[reportPrivateUsage]
-            aggregator.add(k, 1.0, clients[k].factors(phase.sends, index + 1), plain)
+            aggregator.add(k, 1.0, clients[k].upload(phase, index + 1), plain)
         if not phase.sends:
             aggregator.folded.append(-1)
         most = max(most, _bytes([vars(server)], small) + _collected(aggregator, small))

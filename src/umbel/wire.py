@@ -5,7 +5,8 @@ pickled. Floating-point tensors travel in one dtype (float32, bfloat16 or int8) 
 (see `umbel.masking`) holds int64 and nothing else, and is taken only where one is expected.
 
 In int8 a matrix travels as whole numbers from −127 to 127 with one float32 scale for each row, under the matrix's name and
-"|scale"; what is no matrix stays float32. A row is a direction of the adapter: for a B, d_out × r, that is a column. So
+"|scale"; what is no matrix stays float32. A row is a direction of the adapter: for a B, d_out × r, that is a column (and
+for the Q and Y of a method that names its messages so). So
 cutting a pair to fewer directions, or putting pairs side by side, leaves every scale and with it every number as it was.
 """
 
@@ -208,7 +209,7 @@ def _is_matrix(x: Tensor, dtype: str) -> bool:
 
 def _axis(key: str) -> int:
     """Returns the dimension along which the numbers of one scale lie."""
-    return -2 if key.rpartition("|")[2] in ("B", "merge.B") else -1
+    return -2 if key.rpartition("|")[2] in ("B", "merge.B", "Q", "Y") else -1
 
 
 def _quantized(x: Tensor, key: str) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ METHODS = [
     {"name": "fedsa_lora", "training": {"optimizer_state": "keep"}, "server": {"clients_per_round": 2}},
     {"name": "rolora", "training": {"optimizer_state": "keep"}},
     {"name": "hetlora", "gamma": 0.5, "lora": {"r": [2, 4, 8]}},
+    {"name": "power", "iterations": 2, "lora": {"r": [2, 4, 8]}, "server": {"clients_per_round": 2}},
     {"name": "fedit", "label": "int8", "wire": {"dtype": "int8"}, "server": {"clients_per_round": 2}},
 ]
 

@@ -405,6 +405,7 @@ def test_a_client_of_another_rank_that_does_not_say_its_scale_is_told_how(caplog
         ("exact", "changes the frozen weights"),
         ({"name": "florist", "adopt": "merge"}, "changes the frozen weights"),
         ("hetlora", "works at the client"),
+        ("power", "asks every client more than once in a round"),
     ],
 )
 def test_methods_that_need_more_of_a_client_are_refused_with_those_that_do_not(name, why):

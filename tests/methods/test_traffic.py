@@ -27,6 +27,7 @@ FORMULAS = {
     "florist": [(PAIR, PAIR // R * 3)] * 2,
     "best_rank": [(PAIR, PAIR)] * 2,
     "exact": [(PAIR, (K + 2) * PAIR)] * 2,
+    "power": [(R * OUT, R * OUT), (R * IN, PAIR)] * 2,
     "fed_sb": [(sum(m * n for m, n in LAYERS.values()), PAIR + 2 * R**2)] + [(2 * R**2, 2 * R**2)] * 2,
     "ravan": [(0, PAIR + 2 * R**2 // 2)] + [(2 * R**2 // 2, 2 * R**2 // 2)] * 2,
 }
@@ -42,6 +43,9 @@ def start(rank):
 
 
 def upload(phase, held, seed):
+    if phase.speaks:
+        trained = {layer: {name: draw(*x.shape, seed=seed) for name, x in own.items()} for layer, own in held.items()}
+        return {layer: phase.message(own, held[layer]) for layer, own in trained.items()}
     sizes = {layer: {"G": LAYERS[layer], **{name: x.shape for name, x in own.items()}} for layer, own in held.items()}
     return {layer: {name: draw(*own[name], seed=seed) for name in phase.sends} for layer, own in sizes.items()}
 
@@ -77,7 +81,18 @@ def test_every_method_has_a_formula():
     assert sorted(FORMULAS) == method.names()
 
 
-@pytest.mark.parametrize("name", [name for name in method.names() if method.find(name).mixed_ranks])
+def test_each_further_iteration_costs_as_much_as_the_first():
+    assert traffic("power", iterations=2)[:4] == [(R * OUT, R * OUT), (R * IN, R * IN), (R * OUT, R * OUT), (R * IN, PAIR)]
+
+
+def test_whoever_is_asked_about_common_directions_sends_the_same_whatever_its_rank():
+    first, held = load("power").plan(1)[0], start(4)
+    for rank in (1, 2, 4):
+        said = {layer: first.message(own, held[layer]) for layer, own in start(rank).items()}
+        assert numbers(wire.pack_factors(said)) == 4 * OUT
+
+
+@pytest.mark.parametrize("name", [n for n in method.names() if method.find(n).mixed_ranks and not method.find(n).whole])
 def test_a_client_of_smaller_rank_sends_and_takes_less(name):
     ranks, phase = (1, 2, 4), load(name, **({"rank": 4} if name == "florist" else {}))
     held = start(max(ranks))

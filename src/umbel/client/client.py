@@ -22,8 +22,9 @@ from umbel.client.model import Base
 from umbel.client.prompts import pad_id
 from umbel.config import Config, ConfigError, Lora
 from umbel.ledger import Ledger
+from umbel.method import HELD, Download, Factors, Method
 from umbel.record import write_file, write_lines
-from umbel.server import OBSERVER
+from umbel.server import OBSERVER, fresh_factors
 
 Answer = dict[str, Any]
 
@@ -32,6 +33,9 @@ OPTIMIZER = "optimizer|"
 
 LOST = "lost|"
 """Begins the names of what rounding an upload lost, in a client's file: lost|<the tensor's name in the upload>."""
+
+COMMON = "common|"
+"""Begins the names of what all clients held when the round began, where messages need it: common|<layer>|<factor>."""
 
 
 @dataclass
@@ -61,6 +65,11 @@ class Resident:
     def __post_init__(self) -> None:
         choice = self.config.method
         self.method = methods.load(choice.name, **choice.options)
+
+    @cached_property
+    def speaks(self) -> bool:
+        """Whether the method's clients send messages of their own making."""
+        return any(phase.speaks for phase in self.method.plan(self.config.rounds))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -178,7 +187,7 @@ class Client:
         """Answers one request.
 
         Args:
-            payload: A message of kind "open", "train", "measure", "gather" or "observe", or of `masked.KINDS`.
+            payload: A message of kind "open", "train", "update", "measure", "gather" or "observe", or of `masked.KINDS`.
 
         Returns:
             The reply, in the run's wire dtype.
@@ -191,6 +200,10 @@ class Client:
         if type(asked) is not int or asked != self.number:
             raise wire.WireError(f"this is client {self.number}, the request is for client {asked!r:.80}")
         echo = {key: request.header.get(key) for key in wire.ECHO}
+        if "sealed" in request.header:
+            # Fresh in every exchange; what is trained, and paid for, does not depend on it.
+            whole = {key: x for key, x in request.header.items() if key != "sealed"}
+            self._payload = wire.encode(wire.Message(whole, request.tensors))
         if kind == "open":
             return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))
         if kind in masked.KINDS:
@@ -199,6 +212,7 @@ class Client:
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
                 raise wire.WireError(f"{key!r} is {request.header.get(key)!r:.80}, allowed: a number of rounds, or −1")
+        header: Answer
         beside = self._take(request)
         if beside is None:
             kept = self.resident.config.training.optimizer_state == "keep"
@@ -209,6 +223,9 @@ class Client:
             header, tensors = self._measure(request.header)
         elif kind == "gather":
             header, tensors = self._gather(request.header)
+        elif kind == "update":
+            with self._timed("adapter"):
+                header, tensors = {"rows": len(self._mine())}, self._upload(request.header, beside)
         else:
             header, tensors, beside = self._train(request.header, beside)
             if not self._masks:
@@ -274,8 +291,8 @@ class Client:
         """Puts this client on the model: its own state, then what it is owed.
 
         Returns:
-            What it keeps beside the model: its optimizers' states, and what rounding its uploads lost; None where the state
-            that the server believes in is gone.
+            What it keeps beside the model: its optimizers' states, what rounding its uploads lost, and what all clients held
+            when the round began, where that is needed; None where the state that the server believes in is gone.
         """
         adapter, beside = self.resident.adapter, dict[str, Tensor]()
         with self._timed("adapter"):
@@ -288,11 +305,14 @@ class Client:
                     kept = wire.decode((self.folder / f"{has}.safetensors").read_bytes())
                 except (FileNotFoundError, wire.WireError):
                     return None
-                beside = {k: x for k, x in kept.tensors.items() if k.startswith((OPTIMIZER, LOST))}
+                beside = {k: x for k, x in kept.tensors.items() if k.startswith((OPTIMIZER, LOST, COMMON))}
                 state = {k: x for k, x in kept.tensors.items() if k not in beside}
                 adapter.scale(own)
                 adapter.set_state(kept.header["history"], state)
             downloads = wire.unpack(request.header, request.tensors)
+            if self.resident.speaks and self.number != OBSERVER:
+                beside = self._with_common(beside, downloads, request.header)
+                downloads = {layer: download.lasting() for layer, download in downloads.items()}
             before = adapter.read(("A",)) if any(k.startswith(LOST) for k in beside) else {}
             adapter.apply(downloads, wire.unpack_plain(request.tensors), own_rank=self.number != OBSERVER)
             if before:
@@ -301,6 +321,37 @@ class Client:
                 turned |= {layer for layer, download in downloads.items() if download.reset is not None}
                 beside = {k: x for k, x in beside.items() if not (k.startswith(LOST) and k.split("|")[1] in turned)}
         return beside
+
+    def _with_common(self, beside: dict[str, Tensor], downloads: Mapping[str, Download], header: Answer) -> dict[str, Tensor]:
+        """Returns `beside` with what is held in common from now on, at the largest rank, and what was given for this phase."""
+        common, layers = _common(beside), self.resident.adapter.layers
+        said = header.get("ranks", {})
+        for layer, download in downloads.items():
+            held = Download(common.get(layer, {})).lasting().factors
+            if download.reset is not None and layer in layers:
+                rank = said.get(layer, layers[layer].rank) if isinstance(said, dict) else None
+                if type(rank) is not int or not 1 <= rank <= layers[layer].rank:
+                    raise wire.WireError(f"layer {layer!r}: its rank is {rank!r:.80}, allowed: 1 to {layers[layer].rank}")
+                held = fresh_factors(layer, replace(layers[layer], rank=rank), download.reset)
+            common[layer] = {**held, **download.factors}
+        others = {k: x for k, x in beside.items() if not k.startswith(COMMON)}
+        return others | {COMMON + key: x for key, x in wire.pack_factors(common).items()}
+
+    def _upload(self, header: Answer, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the named tensors of what the phase sends."""
+        resident = self.resident
+        if not resident.speaks:
+            return wire.pack_factors(resident.adapter.read(header["sends"]))
+        phase, common = self._phase(header), _common(beside)
+        said = {layer: phase.message(own, common.get(layer, {})) for layer, own in resident.adapter.read().items()}
+        return wire.pack_factors(said)
+
+    def _phase(self, header: Answer) -> Method:
+        phases = list(self.resident.method.plan(int(header["rounds"])))
+        number = header.get("round")
+        if type(number) is not int or not 1 <= number <= len(phases) or list(phases[number - 1].sends) != list(header["sends"]):
+            raise wire.WireError(f"round {number!r:.80} sends {header['sends']!r:.80}, which the run's method has no phase for")
+        return phases[number - 1]
 
     def _keep(self, header: Answer, beside: dict[str, Tensor]) -> None:
         """Makes this client's state durable; the one the server believes in stays until the next request."""
@@ -330,6 +381,9 @@ class Client:
             return tensors, beside
         beside, whole = dict(beside), dict[str, Tensor]()
         for key, x in tensors.items():
+            if not key.startswith("plain|") and key.rpartition("|")[2] not in HELD:
+                whole[key] = x  # each round's message is about other directions
+                continue
             last = beside.pop(LOST + key, None)
             whole[key] = x if last is None or last.shape != x.shape else x + last
             lost = whole[key] - wire.rounded(whole[key], dtype, key)
@@ -382,7 +436,7 @@ class Client:
             keep = self._scores_file(int(header["train_round"]) == int(header["rounds"]))
             scores = resident.score(self.number, generate=False, keep=keep) if header["score"] else None
         with self._timed("adapter"):
-            tensors = wire.pack_factors(resident.adapter.read(header["sends"]))
+            tensors = self._upload(header, beside)
             # What keeps a factor at home keeps the head there, too.
             tensors |= {} if header["keeps"] else wire.pack_plain(resident.adapter.read_plain())
         others = {k: x for k, x in beside.items() if not k.startswith(mine)}
@@ -431,6 +485,10 @@ class Client:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / "scores.jsonl"
+
+
+def _common(beside: Mapping[str, Tensor]) -> dict[str, Factors]:
+    return wire.unpack_factors({k.removeprefix(COMMON): x for k, x in beside.items() if k.startswith(COMMON)})
 
 
 def _same_directions(before: Tensor, after: Tensor) -> bool:

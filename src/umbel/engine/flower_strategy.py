@@ -79,6 +79,8 @@ def _refusal(method: Method) -> str | None:
     """Says what a method needs of its clients beyond training some of A and B and sending them; None where that is all."""
     phases = list(method.plan(2))
     for phase in phases:
+        if phase.speaks:
+            return "asks every client more than once in a round, for messages of its own"
         if phase.keeps:
             return f"leaves {', '.join(phase.keeps)} with each client from round to round"
         strange = sorted({*phase.trains, *phase.sends} - {"A", "B"})

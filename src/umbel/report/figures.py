@@ -156,8 +156,11 @@ def score_by_bytes(entries: Sequence[Entry], metric: str, name: str) -> str:
                 ends.append((last, entry.label, look))
             continue
         run = entry.runs[0]
-        both = zip(run.lines, run.bytes_per_client("bytes_up"), run.bytes_per_client("bytes_down"))
-        sent = [up + down for line, up, down in both if line in run.trained]
+        sent: list[float] = []
+        for line, up, down in zip(run.lines, run.bytes_per_client("bytes_up"), run.bytes_per_client("bytes_down")):
+            phase = line.get("phase", "train")
+            if phase in ("train", "update"):
+                sent = [*(sent if phase == "train" else sent[:-1]), up + down]
         points = [(x, y) for x, y in zip(sent, means) if y is not None and x > 0]
         if points:
             _line(axes, [x for x, _ in points], [y for _, y in points], look)

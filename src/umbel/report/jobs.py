@@ -38,8 +38,18 @@ class Run:
 
     @property
     def trained(self) -> list[dict[str, Any]]:
-        """The lines of training rounds; where the common model came together only afterwards, the last one has its scores."""
-        lines = [line for line in self.lines if line.get("phase", "train") == "train"]
+        """The lines of training rounds, each with the score and the ranks that it came to.
+
+        Those may stand in the line of a later exchange of the same round, or, where the common model came together only
+        after the last round, of that.
+        """
+        lines: list[dict[str, Any]] = []
+        for line in self.lines:
+            phase = line.get("phase", "train")
+            if phase == "train":
+                lines.append(line)
+            elif phase == "update" and lines:
+                lines[-1] = {**lines[-1], "global": line.get("global"), "rank": line.get("rank")}
         whole = self.gathered
         return [*lines[:-1], {**lines[-1], "global": whole.get("global")}] if lines and whole else lines
 
