@@ -190,9 +190,9 @@ def test_a_bfloat16_base_and_autocast_come_close_to_the_same_loop_without_privac
     for dtype, bf16 in ((torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)):
         ours, theirs = (filled(adapter(kind, tmp_path, dtype), blocks) for _ in range(2))
         before = everything(ours)
-        training = replace(SGD, max_steps=1, bf16=bf16, learning_rate=1.0)
+        training = replace(SGD, max_steps=2, bf16=bf16, per_device_train_batch_size=5)
         private_fit(ours, trains, rows(), OPEN, training=training)
-        open_fit(theirs, trains, rows(), training=training)
+        open_fit(theirs, trains, rows(), training=replace(training, per_device_train_batch_size=12))
         mine, other = trained(ours), trained(theirs)
         far = norm({name: x - before[name] for name, x in other.items()})
         apart = norm({name: x - other[name] for name, x in mine.items()})
@@ -527,6 +527,7 @@ def test_nothing_of_opacus_is_left_and_the_next_client_gets_the_same_bits(fails:
         private_fit(ours, trains, rows(), Noise(1.0, 1.0, 0.5, 3), progress=stop)
     except KeyboardInterrupt:
         assert fails
+    assert all(p.grad is None for p in ours.model.parameters())
     private.gradient(ours, rows(), STEP, 0, Noise(1.0, 1.0, 0.5, 3))
     assert state_of(ours.model) == before
     assert all(p.grad is None for p in ours.model.parameters())
