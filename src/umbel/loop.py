@@ -120,7 +120,9 @@ def _round(
             )
         taken = {client: uploads[client] for client in asked if client in uploads}
         if hiding:
+            folding = time.perf_counter()
             hiding.fold(taken, aggregator, len(asked))
+            heard.seconds["server"] += time.perf_counter() - folding
         else:
             fold(taken, aggregator, heard, plan.norm_limit)
         heard.arrange(asked)
