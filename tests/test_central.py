@@ -245,7 +245,7 @@ def test_the_noise_of_a_run_meets_the_target_for_the_client_that_is_asked_most_o
     assert asked == drawn
     assert len(set(asked.values())) > 1
     (sigma,) = {line["noise"]["sigma"] for line in lines}
-    last = {client: told for line in lines for client, told in line["noise"]["epsilon"].items()}
+    last = {client: spent for line in lines for client, spent in line["epsilon"].items()}
     for client, times in asked.items():
         accountant = pld.PLDAccountant()
         accountant.compose(dp_event.GaussianDpEvent(sigma), times)
@@ -295,8 +295,7 @@ def test_a_client_without_budget_is_not_asked_and_the_record_says_why(tmp_path):
     record = Record(tmp_path / "second")
     with pytest.raises(ServerError, match=r"round [2-9]: no client can be asked: .*all runs would have spent ε = .*allowed 6"):
         federate(engine(clients(2)), plan(rounds=9, clients=[0, 1], seed=5, run="second", privacy=shared), record)
-    spent = {client: told for line in record.lines() if "noise" in line for client, told in line["noise"]["epsilon"].items()}
-    assert spent
+    assert 0 < max(record.lines()[1]["epsilon"].values()) <= 4
 
 
 def test_a_newcomer_with_budget_goes_on_where_others_have_none(tmp_path):

@@ -108,6 +108,7 @@ class Heard:
     lost: dict[str, str] = field(default_factory=dict[str, str])
     facts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     noise: dict[str, Any] = field(default_factory=dict[str, Any])
+    epsilon: dict[str, float] = field(default_factory=dict[str, float])
 
     def add(self, other: "Heard") -> None:
         """Takes over what another asking in the same round came to, but not its answers."""

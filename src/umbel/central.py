@@ -213,8 +213,8 @@ class Hiding:
             "sigma": self._sigma,
             "deviation": self._sigma * terms.max_grad_norm / changes.asked,
             "change": {str(client): norm for client, norm in changes.norms.items()},
-            "epsilon": {str(client): _epsilon(spent[client]) for client in changes.clients},
         }
+        self._heard.epsilon = {str(client): _epsilon(spent[client]) for client in changes.clients}
 
     def _digest(self, changes: Changes) -> str:
         return changes.digest(self._run, self._heard.kind, self._turn, self._sigma)

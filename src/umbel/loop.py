@@ -124,7 +124,9 @@ def _round(
         else:
             uploads = _collect(engine, plan, server, rows, asked, request, aggregator, heard, record, arrived)
             if hiding:
+                folding = time.perf_counter()
                 hiding.fold(uploads, aggregator, len(asked))
+                heard.seconds["server"] += time.perf_counter() - folding
             else:
                 fold(uploads, aggregator, heard, plan.norm_limit)
         heard.arrange(asked)
@@ -355,8 +357,8 @@ def _line(
                 ("joined", heard.joined),
                 ("lost", heard.lost),
                 ("preflight", heard.facts),
-                ("epsilon", said("epsilon")),
                 ("noise", heard.noise),
+                ("epsilon", heard.epsilon or said("epsilon")),
             )
             if value
         },
