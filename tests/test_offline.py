@@ -96,6 +96,15 @@ def test_carried_files_give_the_bits_of_a_local_run_for_all_methods_of_a_job(tmp
     assert offline.waiting(federation.folder) == []
 
 
+def test_masked_sums_by_carried_files_have_the_bits_of_a_local_run_and_take_four_trips_a_round(tmp_path):
+    table = tiny.table(tmp_path, METHODS, privacy={"secure_aggregation": True})
+    running.run(table, tmp_path / "local", baselines=False)
+    federation = Federation(tmp_path, table)
+    assert federation.finish(federation.begin()) == 1 + 4 * 3  # opening, two rounds, and FedSA-LoRA's last gathering
+    assert adapters(federation.folder) == adapters(tmp_path / "local")
+    assert len(adapters(federation.folder)) == 4
+
+
 def test_rows_that_only_their_sites_have_give_the_bits_of_a_local_run_over_the_same_files(tmp_path):
     files = {}
     for seed, name in enumerate(SITES):

@@ -511,3 +511,16 @@ def test_a_spooled_message_whose_file_was_cut_says_so(tmp_path):
     (tmp_path / "3.safetensors").write_bytes((tmp_path / "3.safetensors").read_bytes()[:-4])
     with pytest.raises(OSError, match="shorter than it was written"):
         spooled["q"]
+
+
+def test_int64_is_for_masked_uploads_and_they_hold_nothing_else():
+    whole = {"q|A": torch.tensor([[2**63 - 1, -(2**63)]])}
+    for dtype in wire.DTYPES:
+        data = wire.encode(wire.Message({"round": 1}, whole), dtype)
+        assert torch.equal(wire.decode(data, masked=True).tensors["q|A"], whole["q|A"])
+        with pytest.raises(wire.WireError, match="dtype 'I64', allowed: F32, BF16, I8"):
+            wire.decode(data)
+        with pytest.raises(wire.WireError, match=r"dtype .*, allowed: I64"):
+            wire.decode(wire.encode(wire.Message({}, {"q|A": torch.ones(2, 2)}), dtype), masked=True)
+    with pytest.raises(wire.WireError, match="allowed: 100"):
+        wire.decode(data, max_bytes=100, masked=True)

@@ -57,7 +57,7 @@ class Sum:
         """
         shapes = {key: tuple(x.shape) for key, x in sorted(tensors.items())}
         own = {key: shape for key, shape in shapes.items() if key not in (ROWS, LOSS)}
-        # Zeros that take no memory: all checks of a plain upload but those of its values.
+        # All checks of a plain upload but those of its values, which are noise.
         like = {key: torch.zeros(()).expand(shape) for key, shape in own.items()}
         self.aggregator.check(client, 1, wire.unpack_factors(like), wire.unpack_plain(like))
         if shapes.get(ROWS) != (1,) or shapes.get(LOSS, (1,)) != (1,):
@@ -120,37 +120,24 @@ def add_up(
     except MaskError as error:
         raise ServerError(str(error)) from error
     exchange = _Exchange(engine, plan, heard, asked)
-    keys = exchange.keys()
-    sealed, commitments = exchange.shares(keys)
+    exchange.ask_keys()
+    exchange.ask_shares()
     summed, there = Sum(aggregator), list[int]()
-    among = sorted(sealed)
 
     def masked(client: int) -> bytes:
-        return request(client, {"sealed": {str(k): sealed[k][client] for k in among if k != client}})
+        return request(client, {"sealed": exchange.sealed_for(client)})
 
-    replies = ask(engine, server, phase, among, masked, heard, 2 * aggregator.most_bytes())
-    for reply in once_each(replies, among, heard):
+    replies = ask(engine, server, phase, exchange.among, masked, heard, 2 * aggregator.most_bytes())
+    for reply in once_each(replies, exchange.among, heard):
         there += [reply.client] if _take(reply, summed, aggregator, heard) else []
         arrived(reply.client)
     there.sort()
     exchange.check_enough("its upload", there)
-    opening = exchange.unmask(there, among)
+    opening = exchange.ask_unmask(there)
     started = time.perf_counter()
-    total = summed.total
-    assert total is not None
     try:
-        places = {client: place for place, client in enumerate(sorted(keys))}
-        secrets = {
-            k: _secret(opening, "own", k, places, exchange, lambda x, k=k: masking.commitment(x) == commitments[k])
-            for k in there
-        }
-        gone = {
-            k: _secret(opening, "key", k, places, exchange, lambda x, k=k: masking.public(x) == keys[k].mask)
-            for k in among
-            if k not in there
-        }
-        identity = masking.exchange_of(plan.run, heard.round, {k: (own.seal, own.mask) for k, own in keys.items()})
-        masking.unmask(total, secrets, gone, {k: own.mask for k, own in keys.items()}, identity)
+        assert summed.total is not None
+        exchange.unmask(summed.total, opening, there)
         means, rows, loss = summed.opened(len(there))
         factors, plain = wire.unpack_factors(means), wire.unpack_plain(means)
         aggregator.check(OBSERVER, rows, factors, plain)
@@ -181,20 +168,8 @@ def _take(reply: Reply, summed: Sum, aggregator: Aggregator, heard: Heard) -> bo
         heard.seconds["server"] += time.perf_counter() - started
 
 
-def _secret(
-    opening: Mapping[int, Mapping[str, Mapping[int, bytes]]],
-    kind: str,
-    client: int,
-    places: Mapping[int, int],
-    exchange: "_Exchange",
-    fits: Callable[[bytes], bool],
-) -> bytes:
-    """Returns b_u or the private mask key of a client, of which others gave shares."""
-    shares = {places[holder]: own[kind][client] for holder, own in opening.items()}
-    try:
-        return masking.joined(shares, exchange.needed, fits)
-    except MaskError as error:
-        raise MaskError(f"client {client}: {error}") from None
+Opening = Mapping[int, Mapping[str, Mapping[int, bytes]]]
+"""Per client that helped the shares that it held: "own" of those whose upload came, "key" of the others."""
 
 
 class _Exchange:
@@ -210,8 +185,20 @@ class _Exchange:
     def __init__(self, engine: Engine, plan: Plan, heard: Heard, asked: list[int]) -> None:
         self._engine, self._plan, self._heard, self._asked = engine, plan, heard, asked
         self.needed = masking.threshold(len(asked))
+        self._keys: dict[int, _Keys] = {}
+        # Per sender what it sealed for each other, and what its b_u is known by.
+        self._sealed: dict[int, dict[int, str]] = {}
+        self._commitments: dict[int, str] = {}
 
-    def keys(self) -> dict[int, _Keys]:
+    @property
+    def among(self) -> list[int]:
+        """Those whose uploads may carry streams of each other: who sent shares."""
+        return sorted(self._sealed)
+
+    def sealed_for(self, client: int) -> dict[str, str]:
+        return {str(sender): own[client] for sender, own in self._sealed.items() if sender != client}
+
+    def ask_keys(self) -> None:
         if len(self._asked) < masking.FEWEST:
             raise ServerError(
                 f"round {self._heard.round}: privacy.secure_aggregation needs {masking.FEWEST} clients or more, asked: "
@@ -225,10 +212,10 @@ class _Exchange:
             self._heard.refuse(client, f"client {client} has a key of somebody else's")
             del found[client]
         self.check_enough("its keys", found)
-        return found
+        self._keys = found
 
-    def shares(self, keys: Mapping[int, _Keys]) -> tuple[dict[int, dict[int, str]], dict[int, str]]:
-        """Returns per sender what it sealed for each other, and what its b_u is known by."""
+    def ask_shares(self) -> None:
+        keys = self._keys
         listed = {"public": {str(client): [to_text(own.seal), to_text(own.mask)] for client, own in keys.items()}}
 
         def read(client: int, header: Mapping[str, Any]) -> tuple[dict[int, str], str]:
@@ -242,11 +229,12 @@ class _Exchange:
 
         found = self._ask("shares", sorted(keys), lambda client: listed, read)
         self.check_enough("its shares", found)
-        return {client: own[0] for client, own in found.items()}, {client: own[1] for client, own in found.items()}
+        self._sealed = {client: own[0] for client, own in found.items()}
+        self._commitments = {client: own[1] for client, own in found.items()}
 
-    def unmask(self, there: list[int], among: list[int]) -> dict[int, dict[str, dict[int, bytes]]]:
-        """Returns per client that answers the shares that it holds: "own" of who is there, "key" of who is gone."""
-        gone = set(among) - set(there)
+    def ask_unmask(self, there: list[int]) -> Opening:
+        """Asks those whose uploads came for their part in the opening."""
+        gone = set(self.among) - set(there)
 
         def read(client: int, header: Mapping[str, Any]) -> dict[str, dict[int, bytes]]:
             wanted = {"own": set(there), "key": gone}
@@ -260,6 +248,32 @@ class _Exchange:
         found = self._ask("unmask", there, lambda client: {"survivors": there}, read)
         self.check_enough("its part in the opening", found)
         return found
+
+    def unmask(self, total: Tensor, opening: Opening, there: list[int]) -> None:
+        """Takes the masks off the sum, in place.
+
+        Raises:
+            MaskError: The shares do not give somebody's secret.
+        """
+        keys, known = self._keys, self._commitments
+        secrets = {
+            k: self._secret(opening, "own", k, lambda secret, k=k: masking.commitment(secret) == known[k]) for k in there
+        }
+        gone = {
+            k: self._secret(opening, "key", k, lambda secret, k=k: masking.public(secret) == keys[k].mask)
+            for k in self.among
+            if k not in there
+        }
+        identity = masking.exchange_of(self._plan.run, self._heard.round, {k: (own.seal, own.mask) for k, own in keys.items()})
+        masking.unmask(total, secrets, gone, {k: own.mask for k, own in keys.items()}, identity)
+
+    def _secret(self, opening: Opening, kind: str, client: int, fits: Callable[[bytes], bool]) -> bytes:
+        """Returns b_u or the private mask key of a client, of which others gave shares."""
+        places = {holder: place for place, holder in enumerate(sorted(self._keys))}
+        try:
+            return masking.joined({places[holder]: own[kind][client] for holder, own in opening.items()}, self.needed, fits)
+        except MaskError as error:
+            raise MaskError(f"client {client}: {error}") from None
 
     def _ask(
         self,

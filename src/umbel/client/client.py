@@ -207,7 +207,9 @@ class Client:
         if kind == "open":
             return wire.encode(wire.Message({**echo, **self._open(bool(request.header.get("preflight")))}))
         if kind in masked.KINDS:
-            return wire.encode(wire.Message({**masked.Exchange(self.number, self.folder).answer(request.header), **echo}))
+            with self._timed("wire"):
+                said = masked.Exchange(self.number, self.folder).answer(request.header)
+            return wire.encode(wire.Message({**said, "seconds": self._told_seconds(), **echo}))
         for key in ("has", "keep"):
             # They name files.
             if type(request.header.get(key)) is not int or not -1 <= request.header[key] < 2**31:
@@ -240,8 +242,11 @@ class Client:
             with self._timed("wire"):
                 header |= self._rounding(tensors)
         self._keep(request.header, beside)
-        header["seconds"] = {stage: round(value, 3) for stage, value in self._seconds.items()}
+        header["seconds"] = self._told_seconds()
         return wire.encode(wire.Message({**header, **echo}, tensors), self.resident.config.wire.dtype)
+
+    def _told_seconds(self) -> dict[str, float]:
+        return {stage: round(value, 3) for stage, value in self._seconds.items()}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
