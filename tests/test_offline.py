@@ -96,6 +96,15 @@ def test_carried_files_give_the_bits_of_a_local_run_for_all_methods_of_a_job(tmp
     assert offline.waiting(federation.folder) == []
 
 
+def test_two_exchanges_of_a_round_are_two_trips_and_the_bits_of_a_local_run(tmp_path):
+    table = tiny.table(tmp_path, [{"name": "power"}])
+    running.run(table, tmp_path / "local", baselines=False)
+    federation = Federation(tmp_path, table)
+    assert federation.finish(federation.begin()) == 5  # opening, two rounds of two
+    ours, theirs = ((folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path / "local", federation.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_rows_that_only_their_sites_have_give_the_bits_of_a_local_run_over_the_same_files(tmp_path):
     files = {}
     for seed, name in enumerate(SITES):
