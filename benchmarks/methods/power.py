@@ -29,14 +29,19 @@ from umbel.record import CHECKPOINT, Record, write_json
 
 RATE = {"learning_rate": 4e-3}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "all clients": {"training": RATE},
-    "3 of 10 clients a round": {"training": RATE, "server": {"clients_per_round": 3}},
-    "ranks 2, 4 and 8": {"training": RATE, "lora": {"r": [2, 4, 8, 8, 2, 4, 8, 2, 4, 8]}},
-    "48 steps a round": {"rounds": 2, "training": {**RATE, "max_steps": 48}, "server": {"clients_per_round": 4}},
-    "48 steps, 5 times the rate": {
+    "all of 10": {"training": RATE},
+    "3 of 10": {"training": RATE, "server": {"clients_per_round": 3}},
+    "ranks 2, 4 and 8, 5 of 10": {
+        "rounds": 4,
+        "training": RATE,
+        "lora": {"r": [2, 4, 8, 8, 2, 4, 8, 2, 4, 8]},
+        "server": {"clients_per_round": 5},
+    },
+    "3 of 10, 32 steps": {"rounds": 2, "training": {**RATE, "max_steps": 32}, "server": {"clients_per_round": 3}},
+    "3 of 10, 32 steps at 5 times the rate": {
         "rounds": 2,
-        "training": {"learning_rate": 2e-2, "max_steps": 48},
-        "server": {"clients_per_round": 4},
+        "training": {"learning_rate": 2e-2, "max_steps": 32},
+        "server": {"clients_per_round": 3},
     },
 }
 
