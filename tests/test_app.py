@@ -92,10 +92,11 @@ def run(folder: Path, table: dict[str, Any], engine: str) -> tuple[Path, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_flowers_simulation_gives_the_bytes_of_the_local_engine_and_is_quiet(tmp_path: Path) -> None:
-    table = tiny.table(tmp_path, [{"name": "fedit"}, {"name": "fedsa_lora"}])
+    labels = ("fedit", "fedsa_lora", "power")
+    table = tiny.table(tmp_path, [{"name": label} for label in labels])
     local, _ = run(tmp_path, table, "local")
     simulated, said = run(tmp_path, table, "ray")
-    for label in ("fedit", "fedsa_lora"):
+    for label in labels:
         ours, theirs = (folder / label / "adapter" / "adapter_model.safetensors" for folder in (local, simulated))
         assert ours.read_bytes() == theirs.read_bytes()
         for one, other in zip(lines(local / label), lines(simulated / label), strict=True):

@@ -132,3 +132,14 @@ def test_the_peak_memory_of_a_command_is_its_own(tmp_path):
     told = json.loads(done.stdout)
     assert (told["code"], (tmp_path / "output").read_text()) == (0, "100000000\n")
     assert 100e6 < told["peak_bytes"] < 200e6 < len(held)
+
+
+def test_on_the_same_uploads_no_rule_beats_the_best_pair_and_a_further_iteration_does_no_harm():
+    told = json.loads((ROOT / "benchmarks" / "methods" / "results" / "power.json").read_text(encoding="utf-8"))
+    rounds = [found for own in told["scenarios"].values() for found in own["rounds"]]
+    assert len(rounds) == 20
+    for found in rounds:
+        errors = {name: x["mean"] for name, x in found.items() if isinstance(x, dict)}
+        assert errors["best pair"] <= min(errors.values()) * (1 + 1e-4)
+        assert errors["power, 2 iterations"] <= errors["power"] * (1 + 1e-6)
+        assert errors["power"] < errors.get("fedit", float("inf"))

@@ -124,7 +124,8 @@ def test_the_method_shown_to_contributors_passes_the_conformance_suite(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("page", "benchmark", "tables"), [("results", "methods", 6), ("performance", "merge", 7), ("network", "network", 3)]
+    ("page", "benchmark", "tables"),
+    [("results", "methods", 6), ("methods/power", "methods", 2), ("performance", "merge", 7), ("network", "network", 3)],
 )
 def test_the_tables_of_a_page_are_those_of_the_result_files(page: str, benchmark: str, tables: int) -> None:
     script = ROOT / "benchmarks" / benchmark / "pages.py"

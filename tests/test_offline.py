@@ -105,6 +105,15 @@ def test_masked_sums_by_carried_files_have_the_bits_of_a_local_run_and_take_four
     assert len(adapters(federation.folder)) == 4
 
 
+def test_two_exchanges_of_a_round_are_two_trips_and_the_bits_of_a_local_run(tmp_path):
+    table = tiny.table(tmp_path, [{"name": "power"}])
+    running.run(table, tmp_path / "local", baselines=False)
+    federation = Federation(tmp_path, table)
+    assert federation.finish(federation.begin()) == 5  # opening, two rounds of two
+    ours, theirs = ((folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path / "local", federation.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_rows_that_only_their_sites_have_give_the_bits_of_a_local_run_over_the_same_files(tmp_path):
     files = {}
     for seed, name in enumerate(SITES):

@@ -35,6 +35,13 @@ def make_line(
     return line | more
 
 
+def make_exchanges(number: int) -> list[dict]:
+    """A round of two exchanges, of which the second has the model."""
+    train = make_line(2 * number - 1, 2, ["q"], 0.4, 0.0, train_round=number, aggregation_error=None, **{"global": None})
+    update = make_line(2 * number, 2, ["q"], 0.3 + 0.1 * number, 0.0, train_round=number, phase="update")
+    return [train, {**update, "local": {}, "aggregation_error": None, "rank": {"q": 5}}]
+
+
 def make_run(folder: Path, label: str, lines: list[dict], rounds: int = 2, clients: int = 2, **more: object) -> None:
     """One run folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -490,3 +497,17 @@ def test_epsilon_is_shown_where_rows_are_hidden_and_nowhere_else(tmp_path):
     assert value is None
     assert "ε" not in text
     assert '<th scope="col">ε</th>' not in page
+
+
+def test_a_round_of_two_exchanges_is_one_round_with_the_score_that_it_came_to(tmp_path):
+    make_run(tmp_path / "run", "power", [*make_exchanges(1), *make_exchanges(2)])
+    job = report.read_job(tmp_path / "run")
+    [run] = job.methods
+    assert [line["train_round"] for line in run.trained] == [1, 2]
+    assert [run.score(line) for line in run.trained] == [pytest.approx(0.4), pytest.approx(0.5)]
+    assert [line["rank"] for line in run.trained] == [{"q": 5}, {"q": 5}]
+    assert run.local_score(run.trained[-1]) == pytest.approx(0.5)
+    [row] = report.rows([job])
+    assert row["rounds"] == 2
+    assert row["error_max"] is None
+    assert row["bytes_up"] == 2 * 2 * (1000 + 2000) / 2

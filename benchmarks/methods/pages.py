@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md anew from the result files; the text between them is written by hand.
+"""Writes the tables of docs/results.md and docs/methods/power.md anew from the result files; the text is written by hand.
 
     python benchmarks/methods/pages.py          # rewrites what stands between <!-- table: … --> and <!-- end -->
 
@@ -15,7 +15,8 @@ from umbel.report import words
 from umbel.report.comparison import bracketed, plus_minus
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent.parent / "docs" / "results.md"
+DOCS = HERE.parent.parent / "docs"
+PAGES = (DOCS / "results.md", DOCS / "methods" / "power.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Table = dict[str, Any]
@@ -77,6 +78,18 @@ def order(told: Table) -> str:
     return markdown(rows)
 
 
+def warm(told: Table) -> str:
+    """Errors of several rules on the same uploads, mean over layers, by scenario and round."""
+    names = list(next(iter(told["scenarios"].values()))["rounds"][0])
+    rows = [["clients", "round", *names]]
+    for said, own in told["scenarios"].items():
+        for number, found in enumerate(own["rounds"], 1):
+            values = [found.get(name) for name in names]
+            cells = [x["mean"] if isinstance(x, dict) else x for x in values]
+            rows.append([said, str(number), *(words.MISSING if x is None else f"{x:.4f}" for x in cells)])
+    return markdown(rows)
+
+
 def machine(told: Table) -> str:
     """Where it was made."""
     about = told.get("provenance", told)
@@ -104,6 +117,7 @@ KINDS: dict[str, Callable[[Table], str]] = {
     "generated": generated,
     "divergence": divergence,
     "order": order,
+    "warm": warm,
     "machine": machine,
 }
 
@@ -119,4 +133,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")

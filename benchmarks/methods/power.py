@@ -29,11 +29,20 @@ from umbel.record import CHECKPOINT, Record, write_json
 
 RATE = {"learning_rate": 4e-3}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "all clients": {"training": RATE},
-    "3 of 10 clients a round": {"training": RATE, "server": {"clients_per_round": 3}},
-    "ranks 2, 4 and 8": {"training": RATE, "lora": {"r": [2, 4, 8, 8, 2, 4, 8, 2, 4, 8]}},
-    "48 steps a round": {"rounds": 2, "training": {**RATE, "max_steps": 48}},
-    "48 steps, 5 times the rate": {"rounds": 2, "training": {"learning_rate": 2e-2, "max_steps": 48}},
+    "all of 10": {"training": RATE},
+    "3 of 10": {"training": RATE, "server": {"clients_per_round": 3}},
+    "ranks 2, 4 and 8, 5 of 10": {
+        "rounds": 4,
+        "training": RATE,
+        "lora": {"r": [2, 4, 8, 8, 2, 4, 8, 2, 4, 8]},
+        "server": {"clients_per_round": 5},
+    },
+    "3 of 10, 32 steps": {"rounds": 2, "training": {**RATE, "max_steps": 32}, "server": {"clients_per_round": 3}},
+    "3 of 10, 32 steps at 5 times the rate": {
+        "rounds": 2,
+        "training": {"learning_rate": 2e-2, "max_steps": 32},
+        "server": {"clients_per_round": 3},
+    },
 }
 
 Uploads = list[tuple[float, dict[str, Factors]]]
@@ -153,13 +162,15 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="assignments")
-    parser.add_argument("--only", action="append", default=[], help="a scenario's name; all where none is given")
+    parser.add_argument("--only", action="append", default=[], help="a scenario to run anew; all where none is given")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table = configuration.read(arguments.file, arguments.assignments)
     asked = table.pop("compare", {})
     table["seed"] = asked.get("seeds", [table.get("seed", 1)])[0]
     told: dict[str, Any] = {"scenarios": {}}
+    if arguments.only and arguments.out.exists():
+        told["scenarios"] = json.loads(arguments.out.read_text(encoding="utf-8"))["scenarios"]
     for name in arguments.only or SCENARIOS:
         found, config, dataset = scenario(table, SCENARIOS[name])
         told["scenarios"][name] = found

@@ -578,7 +578,8 @@ class _Drawing:
 
     def _round(self, event: dict[str, Any]) -> None:
         total = event["rounds"] * event["clients"]
-        done = (event["round"] - 1) * event["clients"] + event["answered"] if event["phase"] == "train" else 0
+        over = {"train": event["answered"] - event["clients"], "update": 0}  # clients of this round that are yet to train
+        done = event["round"] * event["clients"] + over[event["phase"]] if event["phase"] in over else 0
         text = f"  round {event['round']} of {event['rounds']}, client {event['client']}"
         self.progress.update(self.run, description=text, completed=done, total=total)
 

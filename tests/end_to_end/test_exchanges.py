@@ -104,7 +104,8 @@ def test_two_iterations_are_four_exchanges_and_come_no_farther_from_the_mean_of_
         rows = [len(home.resident.rows_of(k)) for k in range(3)]
         total = 0.0
         for layer in got:
-            M = sum(n / sum(rows) * own[layer]["B"].double() @ own[layer]["A"].double() for n, own in zip(rows, states))
+            products = [n / sum(rows) * own[layer]["B"].double() @ own[layer]["A"].double() for n, own in zip(rows, states)]
+            M = torch.stack(products).sum(0)
             total += float((got[layer]["B"].double() @ got[layer]["A"].double() - M).norm() / M.norm())
         return total
 

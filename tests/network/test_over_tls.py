@@ -12,7 +12,10 @@ from test_deployment import family, until
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
 
-METHODS = [{"name": "fedit"}, {"name": "fedsa_lora"}, {"name": "fed_sb", "lora": {"r": 6, "lora_alpha": 6}}]
+METHODS = [
+    *({"name": name} for name in ("fedit", "fedsa_lora", "power")),
+    {"name": "fed_sb", "lora": {"r": 6, "lora_alpha": 6}},
+]
 
 
 def adapter(folder: Path) -> dict[str, bytes]:
@@ -33,7 +36,7 @@ def steady(table: dict, rounds: int, steps: int) -> dict:
     return {**table, "rounds": rounds, "training": {**table["training"], "max_steps": steps}}
 
 
-def test_a_job_of_three_methods_has_the_bits_of_one_process(network, table):
+def test_a_job_of_several_methods_has_the_bits_of_one_process(network, table):
     table["method"] = METHODS
     network.local("here", table)
     run = network.run("there", table)

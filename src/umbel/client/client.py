@@ -226,8 +226,7 @@ class Client:
         elif kind == "gather":
             header, tensors = self._gather(request.header)
         elif kind == "update":
-            with self._timed("adapter"):
-                header, tensors = {"rows": len(self._mine())}, self._upload(request.header, beside)
+            header, tensors = self._say_more(request.header, beside)
         else:
             header, tensors, beside = self._train(request.header, beside)
             if not self._masks:
@@ -457,6 +456,11 @@ class Client:
         with self._timed("adapter"):
             tensors = wire.pack_factors(resident.adapter.read(header["sends"])) | wire.pack_plain(resident.adapter.read_plain())
         return {"rows": len(self._mine()), "scores": scores}, tensors
+
+    def _say_more(self, header: Answer, beside: Mapping[str, Tensor]) -> tuple[Answer, dict[str, Tensor]]:
+        """Sends another message of what this client trained in this round."""
+        with self._timed("adapter"):
+            return {"rows": len(self._mine())}, self._upload(header, beside)
 
     def _measure(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
         resident, said = self.resident, {}

@@ -78,7 +78,7 @@ class Pair(Rows):
         U, s, Vh = (x.to(Z) for x in algebra.product_svd(*algebra.within(held["Q"], Z)))  # (4)
         if not s.any():
             return Download(factors={"A": A_0, "B": torch.zeros_like(held["B"])})
-        c = float(Vh.norm() / A_0.norm()) if A_0.any() else 1.0
+        c = float(algebra.frobenius(Vh) / algebra.frobenius(A_0)) if A_0.any() else 1.0
         # A layer thinner than the rank: the further directions of A_0 stay, with nothing on them.
         missing = U.new_zeros(U.shape[-2], A_0.shape[-2] - s.shape[-1])
         B, A = torch.cat([c * U * s, missing], -1), torch.cat([Vh / c, A_0[s.shape[-1] :].to(Z)], -2)
