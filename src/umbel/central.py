@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from umbel import algebra, privacy
+from umbel import privacy
 from umbel.admission import Upload
 from umbel.asking import Heard, Plan
 from umbel.ledger import Entry, Ledger, epsilon_of
@@ -97,8 +97,7 @@ class Changes:
         result: Factors = {}
         for name, total in sums.items():
             if sigma:
-                generator = torch.Generator().manual_seed(algebra.seed_of(seed, part, name))
-                total += sigma * self._bound * torch.randn(total.shape, generator=generator, dtype=torch.float64)
+                total.add_(privacy.Secret(seed, part, name).normal(total.shape), alpha=sigma * self._bound)
             result[name] = (self._was(part, name, total) + total / self.asked).float()
         return result
 
@@ -234,6 +233,7 @@ class Hiding:
             steps=1,
             max_grad_norm=terms.max_grad_norm,
             delta=terms.target_delta,
+            target=terms.target_epsilon,
             budget=terms.total_epsilon or terms.target_epsilon,
             request=hashlib.sha256(f"{digest} {client}".encode()).hexdigest(),
             data=self._names[client],

@@ -1,10 +1,11 @@
-"""What noise costs: ε and δ of differential privacy, by Opacus' accountants. Pure functions; nothing is kept here.
+"""What noise costs, by Opacus' accountants, and where it comes from. Nothing is kept here.
 
 Two data sets are neighbours where one of them has one unit more (a row, or a client): add-or-remove. Every step takes each
 unit into its batch by itself, with probability q (Poisson sampling), adds up what the units in it contribute, each clipped to
 norm C, and adds noise of standard deviation σ C. A history is a list of (σ, q, steps), in any order.
 """
 
+import hashlib
 import math
 import random
 import warnings
@@ -12,6 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from umbel import algebra
 
@@ -72,10 +77,8 @@ def epsilon(history: Sequence[Spent], delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _epsilon(history: tuple[Spent, ...], delta: float) -> float:
-    import numpy
-
     accountants = _opacus()
-    with warnings.catch_warnings(), numpy.errstate(all="ignore"):
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
         # At q = 1 it takes the logarithm of 0 on a branch that it does not use; orders at the ends of the range are warned of.
         warnings.simplefilter("ignore")
         rdp = accountants.RDPAccountant()
@@ -197,3 +200,37 @@ def check_delta(delta: float, units: int, of: str) -> None:
         raise PrivacyError(
             f"privacy.target_delta: got {delta:g}, allowed: at most 1/n = {1 / units:.3g} for {units} {of}; lower it"
         )
+
+
+class Secret:
+    """Random numbers that nobody can tell without a client's secret: the stream of SHAKE-256.
+
+    PyTorch's own generator would not do: on a CPU it takes 32 bits of its seed, which can be tried one by one, and a few
+    thousand of its numbers, as the noise of a layer without a gradient shows them, give away all the others.
+
+    Args:
+        seed: The secret.
+        purpose: What the numbers are for; other purposes have other numbers.
+    """
+
+    def __init__(self, seed: int, *purpose: str | int) -> None:
+        self._key, self._drawn = repr((seed, *purpose)).encode(), 0
+
+    def uniform(self, count: int) -> Tensor:
+        """Returns so many numbers between 0 and 1, both excluded, float64, of 53 bits each."""
+        stream = hashlib.shake_256(self._key + self._drawn.to_bytes(8, "big")).digest(8 * count)
+        self._drawn += 1
+        return torch.from_numpy(((np.frombuffer(stream, "<u8") >> 11) + 0.5) * 2.0**-53)
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """Returns standard normal numbers by Box and Muller's formula, float32."""
+        result = torch.empty(shape.numel())
+        for part in result.split(2**20):  # in pieces, as a large layer's numbers take four times its memory on the way
+            u, v = self.uniform(2 * math.ceil(len(part) / 2)).chunk(2)
+            radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+            part.copy_(torch.cat([radius * angle.cos(), radius * angle.sin()])[: len(part)])
+        return result.view(shape)
+
+    def poisson(self, rows: int, rate: float) -> list[int]:
+        """Returns the rows of one batch: each of 0 … rows − 1 with probability `rate`, by itself."""
+        return (self.uniform(rows) < rate).nonzero().flatten().tolist()

@@ -18,9 +18,10 @@ from umbel.client import fit, private
 from umbel.client.adapter import Adapter
 from umbel.client.data import Example, collate
 from umbel.client.model import PooledClassifier, quiet
-from umbel.client.private import Noise, Secret
+from umbel.client.private import Noise
 from umbel.config import ConfigError, Lora, Training
 from umbel.methods.hetlora import HetLoRA
+from umbel.privacy import Secret
 
 TARGETS = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj"]}
 OPEN = Noise(0.0, 1e6, 1.0, seed=1)

@@ -7,7 +7,6 @@
 (Abadi et al. 2016, arXiv 1607.00133.) What it costs is a matter of (q, σ, steps) alone, whatever factors are trained.
 """
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from umbel.client.data import Example, collate
 from umbel.client.fit import Fitted
 from umbel.config import ConfigError, Training
 from umbel.method import Method
+from umbel.privacy import Secret
 
 
 @dataclass(frozen=True)
@@ -54,40 +53,6 @@ class Noise:
                 f"noise: got multiplier {self.multiplier}, max_grad_norm {self.max_grad_norm}, sample_rate "
                 f"{self.sample_rate}; allowed: multiplier ≥ 0, max_grad_norm > 0, 0 < sample_rate ≤ 1"
             )
-
-
-class Secret:
-    """Random numbers that nobody can tell without a client's secret: the stream of SHAKE-256.
-
-    PyTorch's own generator would not do: on a CPU it takes 32 bits of its seed, which can be tried one by one, and a few
-    thousand of its numbers, as the noise of a layer without a gradient shows them, give away all the others.
-
-    Args:
-        seed: The secret.
-        purpose: What the numbers are for; other purposes have other numbers.
-    """
-
-    def __init__(self, seed: int, *purpose: str | int) -> None:
-        self._key, self._drawn = repr((seed, *purpose)).encode(), 0
-
-    def uniform(self, count: int) -> Tensor:
-        """Returns so many numbers between 0 and 1, both excluded, float64, of 53 bits each."""
-        stream = hashlib.shake_256(self._key + self._drawn.to_bytes(8, "big")).digest(8 * count)
-        self._drawn += 1
-        return torch.from_numpy(((np.frombuffer(stream, "<u8") >> 11) + 0.5) * 2.0**-53)
-
-    def normal(self, shape: torch.Size) -> Tensor:
-        """Returns standard normal numbers by Box and Muller's formula, float32."""
-        result = torch.empty(shape.numel())
-        for part in result.split(2**20):  # in pieces, as a large layer's numbers take four times its memory on the way
-            u, v = self.uniform(2 * math.ceil(len(part) / 2)).chunk(2)
-            radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
-            part.copy_(torch.cat([radius * angle.cos(), radius * angle.sin()])[: len(part)])
-        return result.view(shape)
-
-    def poisson(self, rows: int, rate: float) -> list[int]:
-        """Returns the rows of one batch: each of 0 … rows − 1 with probability `rate`, by itself."""
-        return (self.uniform(rows) < rate).nonzero().flatten().tolist()
 
 
 def sample_rate(training: Training, rows: int) -> float:
