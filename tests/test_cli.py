@@ -70,12 +70,12 @@ def here(tmp_path, monkeypatch):
 def test_help_lists_the_commands(tmp_path):
     code, out, _ = installed("--help", cwd=tmp_path)
     assert code == 0
-    for command in ("run", "compare", "report", "eval", "methods", "check"):
+    for command in ("run", "compare", "report", "eval", "methods", "privacy", "check"):
         assert f" {command} " in out
     assert umbel()[1].strip() == umbel("--help")[1].strip()  # and so does the bare command
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "report", "eval", "methods", "check"])
+@pytest.mark.parametrize("command", ["run", "compare", "report", "eval", "methods", "privacy", "check"])
 def test_every_command_explains_itself_and_offers_json(tmp_path, command):
     code, out, _ = umbel(command, "--help")
     assert code == 0
