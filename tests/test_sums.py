@@ -228,8 +228,11 @@ def test_one_client_is_no_sum(tmp_path):
 
 def test_a_client_masks_whatever_the_server_asks(tmp_path):
     own = {**table(tmp_path), "privacy": {"secure_aggregation": True}}
+    site, steps = Site(tmp_path, own), []
+    site.resident.on_step = lambda *step: steps.append(step)
     with pytest.raises(ServerError, match="has no keys for this exchange"):
-        Site(tmp_path, own).run()
+        site.run()
+    assert steps == []  # not a step for what it will not send
 
 
 def test_a_client_that_cannot_train_drops_out_by_itself(tmp_path):

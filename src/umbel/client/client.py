@@ -219,6 +219,8 @@ class Client:
         if beside is None:
             kept = self.resident.config.training.optimizer_state == "keep"
             return wire.encode(wire.Message({**echo, "lost": "state and optimizer" if kept else "state"}))
+        if kind != "observe" and self._masks:
+            masked.Exchange(self.number, self.folder).check(request.header)
         if kind == "observe":
             header, tensors = self._observe(request.header)
         elif kind == "measure":

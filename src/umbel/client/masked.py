@@ -109,6 +109,33 @@ class Exchange:
         Raises:
             MaskError: Too few take part, a share cannot be read, or a number is out of range.
         """
+        state, keys = self._taken(header)
+        among, exchange = state["among"], bytes.fromhex(state["exchange"])
+        clients = len(state["clients"])
+        parts = {key: masking.to_fixed(x, rows, clients) for key, x in sorted(tensors.items())}
+        shapes: dict[str, tuple[int, ...]] = {key: tuple(tensors[key].shape) for key in parts}
+        if loss is not None:
+            parts[LOSS] = masking.to_fixed(torch.tensor([loss]), rows, clients)
+        parts[ROWS] = torch.tensor([rows])
+        order = sorted(parts)
+        whole = torch.cat([parts[key] for key in order])
+        others = {client: keys[client][1] for client in among if client != self._me}
+        masking.mask(whole, self._me, bytes.fromhex(state["secret"]), bytes.fromhex(state["mask"]), others, exchange)
+        # Before anything leaves: a second upload under the same masks would tell how it differs from the first.
+        self._write({**state, "stage": "sent"})
+        pieces = zip(order, whole.split([parts[key].numel() for key in order]), strict=True)
+        return {key: x.reshape(shapes.get(key, (1,))) for key, x in pieces}
+
+    def check(self, header: Mapping[str, Any]) -> None:
+        """Checks a request before the client works for it: it could not be answered without this exchange.
+
+        Raises:
+            MaskError: As in `mask`.
+        """
+        self._taken(header)
+
+    def _taken(self, header: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, tuple[bytes, ...]]]:
+        """Returns the state with the shares that the others sent, and everybody's public keys."""
         state = self._at("shares", header)
         sealed = _by_client(header.get("sealed"), "sealed")
         keys = {int(k): tuple(bytes.fromhex(x) for x in both) for k, both in state["public"].items()}
@@ -120,20 +147,7 @@ class Exchange:
             text = from_text(text, SEALED_BYTES, f"what client {client} sealed")
             opened = masking.unseal(private, keys[client][0], exchange, client, self._me, text)
             state["held"][str(client)] = _hex((opened[:SHARE_BYTES], opened[SHARE_BYTES:]))
-        clients = len(state["clients"])
-        parts = {key: masking.to_fixed(x, rows, clients) for key, x in sorted(tensors.items())}
-        shapes: dict[str, tuple[int, ...]] = {key: tuple(tensors[key].shape) for key in parts}
-        if loss is not None:
-            parts[LOSS] = masking.to_fixed(torch.tensor([loss]), rows, clients)
-        parts[ROWS] = torch.tensor([rows])
-        order = sorted(parts)
-        whole = torch.cat([parts[key] for key in order])
-        others = {client: keys[client][1] for client in sealed}
-        masking.mask(whole, self._me, bytes.fromhex(state["secret"]), bytes.fromhex(state["mask"]), others, exchange)
-        # Before anything leaves: a second upload under the same masks would tell how it differs from the first.
-        self._write({**state, "stage": "sent", "among": sorted([*sealed, self._me])})
-        pieces = zip(order, whole.split([parts[key].numel() for key in order]), strict=True)
-        return {key: x.reshape(shapes.get(key, (1,))) for key, x in pieces}
+        return {**state, "among": sorted([*sealed, self._me])}, keys
 
     def _unmask(self, header: Mapping[str, Any]) -> Answer:
         """Gives the shares that open the sum over the clients named: one kind of share of each client, once."""
