@@ -299,7 +299,7 @@ def test_what_methods_of_somebodys_own_allow_follows_from_their_phases():
 
 
 def test_what_is_measured_before_training_is_told_and_needs_rows_of_nobody():
-    assert disclosures("fed_sb")["start_reads"].startswith("a gradient (G) on rows of each client")
+    assert disclosures("fed_sb")["start_reads"] == "rows (G)"
     assert disclosures("fed_sb", init="gradient")["sends"]["start"] == {"A": 144, "B": 192}
     assert disclosures("fed_sb", init="random")["start_reads"] == "no rows"
     start = load("fed_sb")
@@ -314,4 +314,4 @@ def test_what_is_measured_before_training_is_told_and_needs_rows_of_nobody():
 def test_rounds_that_send_different_factors_are_told_apart():
     assert disclosures("rolora")["sends"] == {"training": {"B": 192}, "other rounds": {"A": 144}}
     (_, row) = privacy_table({"fedsa_lora": disclosures("fedsa_lora")})
-    assert row[1:3] == ["training: A (144); gather: B (192)", "B and head"]
+    assert row[1:3] == ["A 144; gather B 192", "B and head"]

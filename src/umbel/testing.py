@@ -602,10 +602,11 @@ def disclosures(method: Method | type[Method] | str, **options: Any) -> dict[str
     sends: dict[str, dict[str, int]] = {}
     keeps: list[str] = []
     for _, trial in trials(made, TINY):
-        (own,) = trial.upload(trial.clients()[0]).values()
-        sends["other rounds" if _when(trial.phase) in sends else _when(trial.phase)] = {
-            name: x.numel() for name, x in own.items()
-        }
+        clients, turn = trial.clients(), "other rounds" if _when(trial.phase) in sends else _when(trial.phase)
+        for later, exchange in enumerate(trial.exchanges(clients)):
+            (own,) = exchange.upload(clients[0]).values()
+            when = f"{turn}, message {later + 1}" if later else turn
+            sends[when] = {name: x.numel() for name, x in own.items()}
         keeps += [name for name in trial.phase.keeps if name not in keeps]
     sends = {when: names for when, names in sends.items() if names}
     own, unbounded = blind_sum(made), bounded_sum(made, public=True)
@@ -621,7 +622,7 @@ def disclosures(method: Method | type[Method] | str, **options: Any) -> dict[str
         else "; ".join(f"{when}: Σ n_k and {' and '.join(f'Σ n_k {x}_k' for x in names)}" for when, names in sends.items()),
         "units": ["example", *([] if unbounded else ["client"])],
         "why_not_client": unbounded,
-        "start_reads": f"a gradient ({measured}) on rows of each client, or on data.public" if measured else "no rows",
+        "start_reads": f"rows ({measured})" if measured else "no rows",
     }
 
 
@@ -635,12 +636,13 @@ def privacy_table(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     Args:
         found: By name of the method.
     """
-    rows = [["method", "sends (numbers)", "stays at home", "the server sees", "masked, it sees", "DP units", "start reads"]]
+    rows = [["method", "sends (numbers)", "stays at home", "the server sees", "DP units", "start reads"]]
     for name, own in found.items():
         sends = "; ".join(
-            f"{when}: {', '.join(f'{x} ({count})' for x, count in names.items())}" for when, names in own["sends"].items()
+            ("" if when == "training" else f"{when} ") + ", ".join(f"{x} {count}" for x, count in names.items())
+            for when, names in own["sends"].items()
         )
         keeps = " and ".join([*own["keeps"], "head"] if own["keeps"] else [])
-        masked = own["server_sees_masked"] or "cannot be masked"
-        rows.append([name, sends, keeps or "–", own["server_sees"], masked, ", ".join(own["units"]), own["start_reads"]])
+        sees = "sums, if masked" if own["maskable"] else "each client's"
+        rows.append([name, sends, keeps or "–", sees, ", ".join(own["units"]), own["start_reads"]])
     return rows
