@@ -23,8 +23,9 @@ def site(tmp_path):
     rows, others = ledger.name_data([{"text": "a"}, {"text": "b"}]), ledger.name_data([{"text": "c"}])
 
     def spend(run, number, kind, spent, data):
+        sigma, rate, steps = spent
         name = f"{run} {number} {kind}"
-        ledger.spend(Entry(run, 4, number, kind, *spent, 1.0, 1e-3, 5.0, 8.0, name, data))
+        ledger.spend(Entry(run, 4, number, kind, sigma, rate, steps, 1.0, 1e-3, 5.0, 8.0, name, data))
 
     spend("r1/fed_sb", 0, "measure", (4.0, 0.5, 1), rows)
     for number in (1, 2, 3):
