@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,15 @@ def test_the_server_keeps_a_mean_or_every_upload(tmp_path):
     few, many = kept(2), kept(6)
     assert few["fedit"] == many["fedit"]
     assert many["flora_na"] > few["flora_na"] * 1.5
+
+
+def test_a_masked_sum_and_an_upload_are_in_the_servers_memory():
+    layers = {name: LayerShape(40, 60, 4) for name in ("q", "v")}
+    sites = Sites(layers, {"head": (3, 5)}, {0: 9, 1: 9})
+    for name, numbers in (("fedit", 2 * 4 * 100), ("ffa_lora", 2 * 4 * 40), ("fed_sb", 2 * 40 * 60)):
+        plan = Plan(method.load(name), 2, [0, 1], measure_error=False)
+        plain, masked = (traffic(replace(plan, secure_aggregation=on), sites).kept for on in (False, True))
+        assert masked - plain == 2 * 8 * (numbers + 15)
 
 
 def test_methods_that_cannot_run_say_why(tmp_path):

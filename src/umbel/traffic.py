@@ -487,7 +487,27 @@ def _kept(plan: Plan, sites: Sites) -> tuple[int, dict[str, int]]:
         for layer, download in aggregated.downloads.items():
             merged |= {name: download.merge[0].shape[1] for name in small.names[layer] if download.merge is not None}
         server.settle(aggregated)
+    if plan.secure_aggregation:
+        most += _masked(plan, sites)
     return most, merged
+
+
+def _masked(plan: Plan, sites: Sites) -> int:
+    """Returns the bytes of a sum of masked uploads and of the upload that is added to it: int64, all layers at once."""
+    plain = sum(math.prod(shape) for shape in sites.plain.values())
+    numbers = [plain]
+    for phase in plan.method.plan(1):
+        for_each = {
+            shape: {
+                "A": shape.rank * shape.d_in,
+                "B": shape.d_out * shape.rank,
+                "R": shape.rank**2,
+                "G": shape.d_out * shape.d_in,
+            }
+            for shape in set(sites.layers.values())
+        }
+        numbers.append(plain + sum(for_each[shape].get(name, 0) for shape in sites.layers.values() for name in phase.sends))
+    return 2 * 8 * max(numbers)
 
 
 def _collected(aggregator: Aggregator, small: Small) -> int:
