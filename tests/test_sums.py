@@ -12,7 +12,7 @@ from umbel.config import Privacy
 from umbel.record import CHECKPOINT, Record
 from umbel.server import ServerError
 
-METHODS = ("fedit", "ffa_lora", "fedsa_lora", "fed_sb")
+METHODS = ("fedit", "ffa_lora", "fedsa_lora", "fed_sb", "power")
 KINDS = ("keys", "shares", "train", "unmask")
 SPLIT = {"kind": "dirichlet", "clients": 4, "alpha": 5.0}
 

@@ -237,6 +237,7 @@ class Hiding:
             budget=terms.total_epsilon or terms.target_epsilon,
             request=hashlib.sha256(f"{digest} {client}".encode()).hexdigest(),
             data=self._names[client],
+            unit="client",
         )
 
     def _is_this_round(self, entry: Entry) -> bool:

@@ -62,7 +62,8 @@ class Entry:
         target: ε that the run may spend.
         budget: ε that all runs on these rows may spend, when this was spent.
         request: Hash of everything that decides what is answered; the same again is the same answer, and costs nothing.
-        data: Names the rows, in `data/`.
+        data: Names the rows, in `data/`; of a client as a whole, the client.
+        unit: What is hidden: "example" or "client".
         time: When, in UTC.
     """
 
@@ -79,6 +80,7 @@ class Entry:
     budget: float
     request: str
     data: str
+    unit: str = "example"
     time: str = ""
 
     @property
@@ -365,7 +367,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     same = {data: ledger.overlapping(data) for data in {entry.data for entry in entries}}
     totals = {data: epsilon_of(own, min(x.delta for x in own)) for data, own in same.items()}
     worst = max(totals, key=lambda data: totals[data], default=None)
-    result: dict[str, Any] = {"ledger": str(ledger.folder), **ASSUMPTIONS}
+    result: dict[str, Any] = {"ledger": str(ledger.folder), **ASSUMPTIONS[entries[-1].unit if entries else "example"]}
     result["epsilon"] = totals[worst] if worst else 0.0
     result["delta"] = min(x.delta for x in same[worst]) if worst else None
     result["budget"] = entries[-1].budget if entries else None
@@ -375,10 +377,18 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
 
 ASSUMPTIONS = {
-    "unit": "example: one training row",
-    "neighbours": "one row more or less",
-    "sampling": "Poisson: each row is in a batch with probability q, by itself",
+    "example": {
+        "unit": "example: one training row",
+        "neighbours": "one row more or less",
+        "sampling": "Poisson: each row is in a batch with probability q, by itself",
+    },
+    "client": {
+        "unit": "client: all that one client sends",
+        "neighbours": "one client's uploads more or less",
+        "sampling": "none: who is asked follows from the run's public seed, so every round of a client counts as it is",
+    },
 }
+"""By unit, what ε holds for."""
 
 
 def _summary_of(run: str, client: int, entries: list[Entry]) -> dict[str, Any]:

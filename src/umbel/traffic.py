@@ -487,13 +487,16 @@ def _kept(plan: Plan, sites: Sites) -> tuple[int, dict[str, int]]:
         for layer, download in aggregated.downloads.items():
             merged |= {name: download.merge[0].shape[1] for name in small.names[layer] if download.merge is not None}
         server.settle(aggregated)
-    if plan.secure_aggregation:
+    if plan.privacy.secure_aggregation:
         most += _masked(plan, sites)
     return most, merged
 
 
 def _masked(plan: Plan, sites: Sites) -> int:
-    """Returns the bytes of a sum of masked uploads and of the upload that is added to it: int64, all layers at once."""
+    """Returns the bytes of a sum of masked uploads and of the upload that is added to it: int64, all layers at once.
+
+    What a method says of its factors, as `power` does, is taken for as many numbers as the larger of them.
+    """
     plain = sum(math.prod(shape) for shape in sites.plain.values())
     numbers = [plain]
     for phase in plan.method.plan(1):
@@ -506,7 +509,14 @@ def _masked(plan: Plan, sites: Sites) -> int:
             }
             for shape in set(sites.layers.values())
         }
-        numbers.append(plain + sum(for_each[shape].get(name, 0) for shape in sites.layers.values() for name in phase.sends))
+        numbers.append(
+            plain
+            + sum(
+                for_each[shape].get(name, shape.rank * max(shape.d_in, shape.d_out))
+                for shape in sites.layers.values()
+                for name in phase.sends
+            )
+        )
     return 2 * 8 * max(numbers)
 
 
