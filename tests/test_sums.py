@@ -178,6 +178,14 @@ def test_a_round_that_was_opened_is_not_opened_again_for_others(tmp_path):
     assert lines[-1]["answered"] == [0, 1, 2, 3]
 
 
+def test_a_round_with_too_few_to_count_is_not_opened_and_goes_on_when_the_others_are_back(tmp_path):
+    own = table(tmp_path, rounds=2)
+    with pytest.raises(ServerError, match=r"round 2: 3 clients are left of 4, wanted: 4 \(server.min_clients = 4\)"):
+        run(tmp_path / "run", own, True, failing("train", [3]), min_clients=4)
+    _, lines = run(tmp_path / "run", own, True, min_clients=4)
+    assert lines[-1]["answered"] == [0, 1, 2, 3]
+
+
 def test_clients_that_sit_out_catch_up(tmp_path):
     own = table(tmp_path, rounds=4, split={"kind": "iid", "clients": 5})
     for name, masked in (("plain", False), ("masked", True)):

@@ -107,11 +107,10 @@ def _round(
     if phase.sends:
         (record.folder / UPLOADS).mkdir()
         aggregator = Aggregator(phase, server, plan.measure_error and not plan.privacy.secure_aggregation)
-        total = sum(rows[client] for client in asked)
+        shares = _shares(plan, phase, rows, asked)
 
         def request(client: int, more: Mapping[str, Any] = {}) -> bytes:
-            share = math.ceil(getattr(phase, "samples", 0) * rows[client] / total)
-            return _request(server, phase, {**heard.echo(client), **more}, train_round, plan, share)
+            return _request(server, phase, {**heard.echo(client), **more}, train_round, plan, shares[client])
 
         def arrived(client: int) -> None:
             progress(
@@ -122,7 +121,9 @@ def _round(
         if plan.privacy.secure_aggregation:
             summed = sums.add_up(engine, server, phase, plan, asked, request, aggregator, heard, arrived)
         else:
-            uploads = _collect(engine, plan, server, rows, asked, request, aggregator, heard, record, arrived)
+            # A measurement on public rows may take more of them than a client has of its own.
+            known = {client: max(rows[client], shares[client]) for client in asked} if heard.kind == "measure" else rows
+            uploads = _collect(engine, plan, server, known, asked, request, aggregator, heard, record, arrived)
             if hiding:
                 folding = time.perf_counter()
                 hiding.fold(uploads, aggregator, len(asked))
@@ -164,6 +165,12 @@ def _round(
     seconds = _commit(record, server, rows, line)
     shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
     return seconds
+
+
+def _shares(plan: Plan, phase: Method, rows: Mapping[int, int], asked: list[int]) -> dict[int, int]:
+    """Returns how many of a measurement's rows each client takes: by its rows, or all the same where clients are hidden."""
+    counts = {client: 1 if plan.privacy.unit == "client" else rows[client] for client in asked}
+    return {client: math.ceil(getattr(phase, "samples", 0) * own / sum(counts.values())) for client, own in counts.items()}
 
 
 def _hiding(plan: Plan, record: Record, phase: Method, train_round: int, heard: Heard) -> central.Hiding | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from umbel import masking, wire
-from umbel.asking import Heard, Plan, ask, counted, once_each, read
+from umbel.asking import Heard, Plan, ask, check_quorum, counted, once_each, read
 from umbel.engine import Engine, Reply
 from umbel.masking import LOSS, ROWS, SEALED_BYTES, SECRET_BYTES, SHARE_BYTES, MaskError, from_text, to_text
 from umbel.method import Method
@@ -113,7 +113,8 @@ def add_up(
         What the record says of the sum: "clients" in it, "threshold", "rows" Σ n_k, and "loss", their mean.
 
     Raises:
-        ServerError: Fewer than `masking.threshold` clients were left after a step, or the sum is none.
+        ServerError: Fewer than `masking.threshold` clients were left after a step, too few uploads came for the round to count,
+            or the sum is none.
     """
     try:
         masking.needs()
@@ -133,6 +134,9 @@ def add_up(
         arrived(reply.client)
     there.sort()
     exchange.check_enough("its upload", there)
+    # An opened sum can be had again for the same clients only, so a round that will not count must not be opened.
+    heard.answered += [client for client in asked if client in there]
+    check_quorum(plan, f"round {heard.round}", asked, heard)
     opening = exchange.ask_unmask(there)
     started = time.perf_counter()
     try:
@@ -147,7 +151,6 @@ def add_up(
             "masks hide whose. Finished rounds are kept; go on with `umbel run --resume`, which asks everybody anew"
         ) from error
     aggregator.fold(OBSERVER, rows, factors, plain, {})
-    heard.answered += [client for client in asked if client in there]
     heard.seconds["server"] += time.perf_counter() - started
     said = {"clients": len(there), "threshold": exchange.needed, "rows": rows}
     return said if loss is None else {**said, "loss": loss}

@@ -250,6 +250,19 @@ def test_public_rows_are_what_the_start_is_measured_on(tmp_path: Path) -> None:
     assert all(torch.equal(x, second.tensors[key]) for key, x in first.tensors.items())
 
 
+def test_a_measurement_on_public_rows_tells_nothing_of_how_many_a_client_has(tmp_path: Path) -> None:
+    """Under client-level privacy the start has no noise, so rows must not weigh in it, nor cut its samples."""
+    (tmp_path / "public.jsonl").write_text("\n".join(map(json.dumps, tiny.texts(40, 5))))
+    table = tiny.table(tmp_path, {"name": "fed_sb", "eta": 1e-3, "samples": 75}, split={"kind": "dirichlet", "alpha": 1.0})
+    table["split"]["clients"], table["data"]["public"] = 3, str(tmp_path / "public.jsonl")
+    table["privacy"] = {"unit": "client", "target_epsilon": 50.0, "target_delta": 0.1}
+    folder = running.run(table, tmp_path / "out", baselines=False)
+    start, trained = lines(folder)[1:3]
+    assert min(trained["rows"].values()) < 25
+    assert len(set(trained["rows"].values())) == 3
+    assert start["rows"] == {"0": 25, "1": 25, "2": 25}
+
+
 def test_the_baselines_are_hidden_too_and_leave_the_ledger_alone(tmp_path: Path) -> None:
     folder = running.run(a_table(tmp_path, target_delta=0.02, ledger=str(tmp_path / "ledger")), tmp_path / "out")
     central = json.loads((folder / "central" / "run.json").read_text())["config"]["privacy"]

@@ -59,6 +59,18 @@ def test_a_site_with_a_budget_answers_no_run_that_does_not_hide_its_rows(tmp_pat
     Worker(a_site(tmp_path)).answer(job, a_request("train", 1))
 
 
+def test_a_site_with_a_budget_scores_none_of_its_training_rows(tmp_path: Path) -> None:
+    """Which rows `data.validation` sets aside follows from the run's seed, and scores of them are exact."""
+    job = a_job(tmp_path)
+    job["config"]["data"]["validation"] = 0.5
+    request = a_request("train", 1, score=True)
+    with pytest.raises(ConfigError, match=r"data\.validation would have this site score its training rows, with no noise"):
+        Worker(a_site(tmp_path, total_epsilon=10.0)).answer(job, request)
+    own = a_site(tmp_path, total_epsilon=10.0, test=str(tmp_path / "test.jsonl"))
+    scores = wire.decode(Worker(own).answer(job, request)).header["scores"]
+    assert scores["rows"] == 45  # all of its test file
+
+
 def test_which_rows_are_public_at_a_site_is_not_for_the_run_to_say(tmp_path: Path) -> None:
     job = a_job(tmp_path, method={"name": "fed_sb"})
     job["config"]["data"]["public"] = str(tmp_path / "train.jsonl")  # its private rows

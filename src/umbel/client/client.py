@@ -467,7 +467,7 @@ class Client:
     def _measure(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
         resident, said = self.resident, {}
         mine = self._mine()
-        samples = max(1, min(int(header["samples"]), len(mine)))
+        samples = max(1, min(int(header["samples"]), len(resident.public or mine)))
         rest = resident.config.training, pad_id(resident.base.tokenizer)
         account = None if resident.public else self._account()
         with self._timed("fit"):

@@ -166,6 +166,12 @@ class Worker:
             )
         if self.site.total_epsilon and (table.get("privacy") or {}).get("unit") != "example":
             raise ConfigError("this site answers only runs with privacy.unit = example (total_epsilon, in site.toml)")
+        if self.site.total_epsilon and not self.site.test and (table.get("data") or {}).get("validation"):
+            # Scores are exact, and a run chooses by its seed which rows they are of.
+            raise ConfigError(
+                "data.validation would have this site score its training rows, with no noise (total_epsilon, in site.toml); "
+                "give test rows of its own, or leave data.validation out"
+            )
 
 
 def _read_job(job: Job) -> tuple[str, str, int]:
@@ -178,6 +184,8 @@ def _read_job(job: Job) -> tuple[str, str, int]:
     if type(clients) is not int or not 1 <= clients <= 10**6:
         raise ConfigError(f"job: clients is {clients!r:.40}, allowed: 1 to 1000000")
     table = job.get("config")
-    if not isinstance(table, dict) or not all(isinstance(table.get(key, {}), dict) for key in ("method", "task", "privacy")):
+    if not isinstance(table, dict) or not all(
+        isinstance(table.get(key, {}), dict) for key in ("method", "task", "privacy", "data")
+    ):
         raise ConfigError(f"job: config is {table!r:.40}, allowed: a configuration's table")
     return run, member, clients
