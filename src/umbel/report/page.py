@@ -22,7 +22,7 @@ the test rows of clients that took no part. <b>Error</b>: aggregation error, the
 from the weighted mean of the clients’ updates; max and mean over layers, of the last round and in the mean over all rounds.
 <b>Per client</b>: bytes over the whole run, mean over clients; <b>ε</b>: privacy spent, by the client that spent most; what
 it hides, and δ, are above. <b>Overhead</b>: share of the run’s time outside training and evaluation. <b>local</b>: one client
-alone, mean over clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best of the methods."""
+alone, mean over clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best."""
 
 
 RANKED = ("score", "error_max", "error_mean", "bytes_up", "bytes_down")
