@@ -499,6 +499,17 @@ def test_epsilon_is_shown_where_rows_are_hidden_and_nowhere_else(tmp_path):
     assert '<th scope="col">ε</th>' not in page
 
 
+def test_the_table_and_the_page_say_what_is_hidden_and_at_which_delta(tmp_path):
+    own = {"unit": "client", "target_epsilon": 3.0, "target_delta": 0.02, "secure_aggregation": True}
+    make_run(tmp_path, "hidden", [make_line(1, 2, LABELS, 0.5, 0.0)])
+    info = json.loads((tmp_path / "run.json").read_text())
+    rewrite(tmp_path / "run.json", config=info["config"] | {"privacy": own})
+    words = "each client’s part: ε ≤ 3 at δ = 0.02; each upload, in masked sums"
+    assert f"Hidden: {words}." in " ".join(shown(tmp_path, 120).split())
+    page = report.write_html([report.read_job(tmp_path)], tmp_path / "report.html").read_text()
+    assert f"<dt>Hidden</dt><dd>{words}</dd>" in page
+
+
 def test_a_round_of_two_exchanges_is_one_round_with_the_score_that_it_came_to(tmp_path):
     make_run(tmp_path / "run", "power", [*make_exchanges(1), *make_exchanges(2)])
     job = report.read_job(tmp_path / "run")

@@ -429,7 +429,7 @@ def privacy(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ledger, a site's folder, or a run's.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Print what hiding single rows has cost: ε and δ by run and in all, what one more round costs, how many are left."""
+    """Print what differential privacy has spent: ε and δ by run and in all, what one more round costs, how many are left."""
     with _errors():
         from umbel import ledger
 
@@ -646,29 +646,31 @@ def _ledger_table(told: list[dict[str, Any]], folder: Path) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="Spent on hiding one training row", title_justify="left", box=None)
-    table.add_column("ledger\nrun", overflow="fold")
+    table = Table(title="Spent, for each ledger", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
     for heading in ("client", "rounds", "σ", "q", "steps", "clip", "ε", "δ", "of"):
-        table.add_column(f"\n{heading}", justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for own in told:
         place = Path(own["ledger"])
         inside = place.relative_to(folder) if place.is_relative_to(folder) and place != folder else place
-        table.add_row(escape(str(inside)), style="bold")
+        table.add_row(escape(str(inside).removesuffix("/ledger")), style="bold")
         for run in own["runs"]:
             noise = ["\n".join(f"{x[key]:.4g}" for x in run["spent"]) for key in ("sigma", "sample_rate", "steps")]
             counts = str(run["client"]), str(run["rounds"])
             spent = f"{run['max_grad_norm']:g}", f"{run['epsilon']:.4g}", f"{run['delta']:.2g}", f"{run['target']:g}"
-            table.add_row(f"  {escape(run['run'])}", *counts, *noise, *spent)
+            table.add_row(escape(run["run"]), *counts, *noise, *spent)
         if own["runs"]:
-            table.add_row("  in all", *[""] * 6, f"{own['epsilon']:.4g}", f"{own['delta']:.2g}", f"{own['budget']:g}")
+            table.add_row("in all", *[""] * 6, f"{own['epsilon']:.4g}", f"{own['delta']:.2g}", f"{own['budget']:g}")
         if own["next"] is not None:
-            left = own["next"]["left"]
-            more = "none is left" if left == 0 else f"{left} left"
-            table.add_row("  after one more round", *[""] * 6, f"{own['next']['epsilon']:.4g}", "", more, end_section=True)
-    table.caption = (
-        "Neighbours: one row more or less. Sampling: Poisson, each row in a batch with probability q. In all: runs that share "
-        "any row. A start that was measured on private rows is the first σ of its run."
+            left = f"one more ({own['next']['left'] or 'none'} left)"
+            table.add_row(left, *[""] * 6, f"{own['next']['epsilon']:.4g}", "", "", end_section=True)
+    units = {own["unit"]: own for own in told}
+    rules = [f"ε is for {unit}. Neighbours: {own['neighbours']}. Sampling: {own['sampling']}." for unit, own in units.items()]
+    more = (
+        "In all: runs that share any of the data. One more: after another round of the last run. A start that was measured on "
+        "private rows is the first σ of its run."
     )
+    table.caption = " ".join([*rules, more])
     table.caption_justify = "left"
     return table
 

@@ -128,6 +128,10 @@ def _card(config: Config, path: str, labels: int) -> str:
             "`head.safetensors` holds the linear head (`classifier.weight`, `classifier.bias`): it reads the mean of "
             "`last_hidden_state` over the tokens that are not padding. Class names are in `umbel.json`, in the head's order.",
         ]
+    own = config.privacy
+    if own.unit != "none":
+        unit = {"example": "single training rows", "client": "what one client sent"}[own.unit]
+        lines += ["", f"Differential privacy of {unit}: ε ≤ {own.target_epsilon:g} at δ = {own.target_delta:g}, in this run."]
     return "\n".join(lines) + "\n"
 
 

@@ -38,7 +38,7 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     * `by_client`: `client`, `local_score`, `gap` and `personal_score` of each;
     * `error_max`, `error_mean`: aggregation error over layers in the last round that measured it;
       `error_max_rounds`, `error_mean_rounds`: the same, averaged over rounds;
-    * `epsilon`: ε spent so far by the client that spent most, where rows are hidden one by one;
+    * `epsilon`: ε spent so far by the client that spent most, where rows or clients are hidden;
     * `bytes_up`, `bytes_down`: per client (mean over all clients), whole run;
     * `server_seconds`, `wall_seconds`, `overhead`: share of the rounds' time that is neither training nor evaluation.
 

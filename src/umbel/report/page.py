@@ -20,9 +20,9 @@ after its training and before aggregation, on its own test rows, mean weighted b
 <b>Personal</b>: common parts with those that stay at the client, on own test rows. <b>Unseen</b>: the aggregated model on
 the test rows of clients that took no part. <b>Error</b>: aggregation error, the relative distance of what was sent back
 from the weighted mean of the clients’ updates; max and mean over layers, of the last round and in the mean over all rounds.
-<b>Per client</b>: bytes over the whole run, mean over clients; <b>ε</b>: privacy spent per row, by the client that spent
-most. <b>Overhead</b>: share of the run’s time outside training and evaluation. <b>local</b>: one client alone, mean over
-clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best of the methods."""
+<b>Per client</b>: bytes over the whole run, mean over clients; <b>ε</b>: privacy spent, by the client that spent most; what
+it hides, and δ, are above. <b>Overhead</b>: share of the run’s time outside training and evaluation. <b>local</b>: one client
+alone, mean over clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best."""
 
 
 RANKED = ("score", "error_max", "error_mean", "bytes_up", "bytes_down")
@@ -90,12 +90,14 @@ def facts(jobs: Sequence[Job]) -> str:
         ("Local training", lambda c: _training_words(c["training"])),
         ("Learning rate", lambda c: f"{c['training']['learning_rate']:g}"),
         ("Seed", lambda c: c["seed"]),
+        ("Hidden", lambda c: words.hidden(c.get("privacy") or {})),
     ]
     clients = {run.clients for run in methods if run.clients}
     tiles = [("Clients", str(clients.pop()))] if len(clients) == 1 else []
     for name, of in ask:
         try:
-            values = {str(of(run.config)) for run in runs if run.config}
+            # What a baseline hides follows from what the methods do: it has a δ of its own, and sends nothing to mask.
+            values = {str(of(run.config)) for run in (methods if name == "Hidden" else runs) if run.config}
         except (KeyError, TypeError, ValueError):
             continue
         tiles += [(name, value) for value in values if value] if len(values) == 1 else []

@@ -54,7 +54,10 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
     if any(row["personal_score"] is not None for row in told):
         result.caption += " personal: common and own parts together, on own test rows."
     if any(row["epsilon"] is not None for row in told):
-        result.caption += " ε: spent by the client that spent most, per row of its own."
+        result.caption += " ε: spent by the client that spent most."
+    configs = [entry.runs[0].config for entry in entries(jobs) if entry.kind == "method"]
+    hidden = dict.fromkeys(words.hidden(config.get("privacy") or {}) for config in configs)
+    result.caption += "".join(f" Hidden: {text}." for text in hidden if text)
     result.caption += "".join(f" {metric}: lower is better." for metric in lower)
     for entry in entries(jobs):
         for run in entry.runs:

@@ -1,6 +1,7 @@
 """Numbers and names as people read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MISSING = "–"
 
@@ -28,6 +29,17 @@ def error(value: float | None) -> str:
     ('3.1e-02', '0.0e+00')
     """
     return MISSING if value is None else f"{value:.1e}"
+
+
+def hidden(privacy: Mapping[str, Any]) -> str:
+    """Returns what a run's [privacy] keeps from others; "" where it keeps nothing.
+
+    >>> hidden({"unit": "example", "target_epsilon": 3.0, "target_delta": 1e-5, "secure_aggregation": True})
+    'each row: ε ≤ 3 at δ = 1e-05; each upload, in masked sums'
+    """
+    unit = {"example": "each row", "client": "each client’s part"}.get(privacy.get("unit", "none"))
+    told = [f"{unit}: ε ≤ {privacy['target_epsilon']:g} at δ = {privacy['target_delta']:g}"] if unit else []
+    return "; ".join([*told, *(["each upload, in masked sums"] if privacy.get("secure_aggregation") else [])])
 
 
 def epsilon(value: float | None) -> str:
