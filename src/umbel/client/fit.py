@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from umbel.client.adapter import Adapter
 from umbel.client.data import Example, collate
 from umbel.config import Training
-from umbel.method import Method
+from umbel.method import Factors, Method
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,15 @@ def learning_rate_factor(training: Training, step: int, total: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor], bf16: bool) -> Tensor:
+    """Returns the model's logits: rows × labels for a head, rows × positions × vocabulary for a causal model."""
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=bf16):
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor], bf16: bool) -> Tensor:
     """Returns the mean cross-entropy: over rows for a head, over response tokens for a causal model."""
-    labels = batch["labels"]
-    with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels, logits = batch["labels"], logits_of(model, batch, bf16)
     if labels.ndim == 1:
         return nn.functional.cross_entropy(logits.float(), labels)
     # Positions without a label need no float32 copy over the vocabulary.
@@ -111,11 +115,9 @@ def fit(
     """
     steps = steps_per_round(training, len(examples))
     factors, head = adapter.trainable(trains), list(adapter.plain_parameters.values())
-    optimizer = _optimizer(training, factors, head)
-    _load(optimizer, optimizer_state)
-    penalized = method is not None and type(method).penalty is not Method.penalty
-    cut = method is not None and type(method).trained is not Method.trained
-    before = adapter.read() if cut else {}
+    optimizer = optimizer_of(training, factors, head)
+    load_state(optimizer, optimizer_state)
+    before = held_before(adapter, method)
     rates = [group["lr"] for group in optimizer.param_groups]
     stream = batches(examples, training.per_device_train_batch_size, torch.Generator().manual_seed(seed))
     device = next(adapter.model.parameters()).device
@@ -136,10 +138,9 @@ def fit(
                 loss = loss_of(adapter.model, batch, training.bf16) * (count / sum(counts))
                 loss.backward()
                 total += loss.item()
-            if penalized and method is not None:
-                extra = [x for own in adapter.live().values() if (x := method.penalty(own)) is not None]
-                if extra:
-                    torch.stack(extra).sum().backward()
+            extra = penalty_of(adapter, method)
+            if extra is not None:
+                extra.backward()
             if not math.isfinite(total):
                 raise FloatingPointError(f"training loss is {total} at step {step + 1}; lower training.learning_rate")
             if training.max_grad_norm > 0:
@@ -149,13 +150,32 @@ def fit(
             losses.append(total)
             progress(step + 1, steps)
     adapter.model.eval()
-    if cut and method is not None:
-        adapter.write({layer: method.trained(before[layer], own) for layer, own in adapter.read().items()})
-    kept = _state(optimizer) if training.optimizer_state == "keep" else {}
+    give_up(adapter, method, before)
+    kept = state_of(optimizer) if training.optimizer_state == "keep" else {}
     return Fitted(sum(losses) / len(losses), steps, kept)
 
 
-def _optimizer(training: Training, factors: list[nn.Parameter], head: list[nn.Parameter]) -> torch.optim.Optimizer:
+def penalty_of(adapter: Adapter, method: Method | None) -> Tensor | None:
+    """Returns what the method adds to the loss for all layers, a scalar with a gradient; None where it adds nothing."""
+    if method is None or type(method).penalty is Method.penalty:
+        return None
+    extra = [x for own in adapter.live().values() if (x := method.penalty(own)) is not None]
+    return torch.stack(extra).sum() if extra else None
+
+
+def held_before(adapter: Adapter, method: Method | None) -> dict[str, Factors]:
+    """Returns the factors before training, for a method that asks for them afterwards; nothing for the others."""
+    return adapter.read() if method is not None and type(method).trained is not Method.trained else {}
+
+
+def give_up(adapter: Adapter, method: Method | None, before: Mapping[str, Factors]) -> None:
+    """Lets the method have a client give up directions after training; `before` is what `held_before` returned."""
+    if before and method is not None:
+        adapter.write({layer: method.trained(before[layer], own) for layer, own in adapter.read().items()})
+
+
+def optimizer_of(training: Training, factors: list[nn.Parameter], head: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Returns the optimizer of the factors, and of the head at its own learning rate."""
     groups = [{"params": factors, "lr": training.learning_rate}]
     if head:
         groups.append({"params": head, "lr": training.head_learning_rate or training.learning_rate})
@@ -164,7 +184,8 @@ def _optimizer(training: Training, factors: list[nn.Parameter], head: list[nn.Pa
     return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
 
 
-def _state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns copies of an optimizer's state, by <index of the parameter>.<name>."""
     return {
         f"{index}.{key}": value.detach().clone()
         for index, own in optimizer.state_dict()["state"].items()
@@ -172,7 +193,8 @@ def _state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `state_of`; does nothing where there is no state, or where it is of other shapes."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
