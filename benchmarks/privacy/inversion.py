@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="folder of CLINC150")
     parser.add_argument("--trials", type=int, default=12)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    setting.one_thread()
     result: list[Table] = []
     loaded = setting.Loaded.of(configured(arguments.rows, "fedit", 8))
     for method, rank in CASES:

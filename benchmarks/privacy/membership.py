@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for what is done so far")
     parser.add_argument("--runs", type=int, default=10)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    setting.one_thread()
     arguments.work.mkdir(parents=True, exist_ok=True)
     loaded = setting.Loaded.of(configured(arguments.rows, "fedit", None, 0))
     pool, labels = drawn_pool(loaded)

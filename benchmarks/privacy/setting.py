@@ -89,6 +89,17 @@ class Loaded:
         dataset = replace(self.dataset, owner_train=owner, clients=max(owner) + 1)
         return Loaded(self.base, dataset, train, self.test, self.provenance)
 
+    def dealt(self, config: Config) -> "Loaded":
+        """Returns the same training rows as another seed deals them to clients, and the test rows that it draws."""
+        dataset = data.load(config)
+        test = data.encode(dataset.test, self.base.tokenizer, config, dataset.labels)
+        return replace(self, dataset=dataset, test=test)
+
+
+def one_thread() -> None:
+    """Leaves the other cores to others, so that times and sums do not depend on how many there are."""
+    torch.set_num_threads(1)
+
 
 def commit() -> str:
     """Returns the commit that was measured, with "+" where files differ from it."""
