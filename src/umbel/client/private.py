@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Noise:
     multiplier: float
     max_grad_norm: float
     sample_rate: float
-    seed: int
+    seed: int = field(repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.multiplier < math.inf or not 0 < self.max_grad_norm < math.inf or not 0 < self.sample_rate <= 1:
