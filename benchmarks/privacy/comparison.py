@@ -2,14 +2,14 @@
 
     python benchmarks/privacy/comparison.py CLINC150-FOLDER WORK-FOLDER
 
-Three clients of 5,000 rows each, ten domains of CLINC150 as labels, MiniLM, DP-SGD at each client, one aggregation after local
-training. "released" is what the Fed-SB authors' scripts do: δ = 1 / number of batches of a client, and a start that is measured
-on the private rows of all clients, in one place, without noise and outside the accountant. That is wrong on purpose, so it is
-built here, as a client of its own (`Released`), and is no option of umbel. "corrected" is umbel as it is: δ ≤ 1 / n, and Fed-SB's
-start either free (random, or from public rows) or paid from the same budget.
+Three clients of 5,000 rows each, ten domains of CLINC150 as labels, MiniLM, DP-SGD at each client, one aggregation after
+local training. "released" is what the Fed-SB authors' scripts do: δ = 1 / number of batches of a client, and a start that is
+measured on the private rows of all clients, in one place, without noise and outside the accountant. That is wrong on purpose,
+so it is built here, as a client of its own (`Released`), and is no option of umbel. "corrected" is umbel as it is: δ ≤ 1 / n,
+and Fed-SB's start either free (random, or from public rows) or paid from the same budget.
 
-WORK-FOLDER keeps every run as soon as it is done; the script goes on where it was stopped. The learning rate of every method and
-rank is chosen from one grid on validation rows. The result goes to results/comparison.json.
+WORK-FOLDER keeps every run as soon as it is done; the script goes on where it was stopped. The learning rate of every method
+and rank is chosen from one grid on validation rows. The result goes to results/comparison.json.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import setting
 from torch import Tensor
 
+import setting
 from umbel import algebra, wire
 from umbel.client import client, fit, private
 from umbel.client.client import Answer
@@ -31,8 +31,9 @@ from umbel.privacy import noise_multiplier
 from umbel.record import write_json
 
 SEEDS, EPSILONS = (1, 2, 3), (1.0, 3.0)
-RATES = (6e-3, 2e-2, 6e-2)
-CLIENTS, BATCH, STEPS, CLIP, DELTA = 3, 40, 14, 0.1, 1e-5
+RATES = (2e-3, 6e-3, 2e-2, 6e-2)
+"""The last three are tried with noise, the first three without."""
+CLIENTS, BATCH, STEPS, CLIP, DELTA = 3, 32, 14, 0.1, 1e-5
 SAMPLES, PUBLIC = 192, 192
 """Rows that a start is measured on: of all clients together, and public ones."""
 
@@ -45,8 +46,8 @@ FED_SB = (16, 32, 64)
 CELLS: list[Cell] = [
     *[("fed_sb", r, "released", "sign") for r in FED_SB],
     *[(name, 32, "released", "") for name in BASELINES],
-    *[("fed_sb", r, "corrected", start) for start in ("random", "sign", "gradient") for r in FED_SB],
-    ("fed_sb", 32, "corrected", "public"),
+    *[("fed_sb", r, "corrected", start) for start in ("random", "sign") for r in FED_SB],
+    *[("fed_sb", 32, "corrected", start) for start in ("gradient", "public")],
     *[(name, r, "corrected", "") for r in (32, 8) for name in BASELINES],
     ("fed_sb", 32, "without noise", "random"),
     ("fedit", 32, "without noise", ""),
@@ -54,8 +55,10 @@ CELLS: list[Cell] = [
 CHOOSING: list[Cell] = [
     *[("fed_sb", r, "corrected", "random") for r in FED_SB],
     *[(name, r, "corrected", "") for name in ("fedit", "ffa_lora") for r in (8, 32)],
+    ("fed_sb", 32, "without noise", "random"),
+    ("fedit", 32, "without noise", ""),
 ]
-"""Whose learning rate is chosen. FedEx-LoRA's clients train as FedIT's do, and take theirs."""
+"""Whose learning rate is chosen, at ε = 3. FedEx-LoRA's clients train as FedIT's do, and take theirs."""
 
 
 def main() -> None:
@@ -66,10 +69,11 @@ def main() -> None:
     setting.one_thread()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.rows, arguments.work)
-    rates = {}
+    rates: dict[tuple[str, int, bool], Table] = {}
     for cell in CHOOSING:
-        tried = {rate: bench.run(cell, 3.0, SEEDS[0], rate, validation=True)["accuracy"] for rate in RATES}
-        rates[cell[:2]] = {"chosen": max(tried, key=lambda rate: tried[rate]), "tried": tried}
+        noisy = cell[2] != "without noise"
+        tried = {rate: bench.run(cell, 3.0 if noisy else None, SEEDS[0], rate, True)["accuracy"] for rate in RATES[noisy:][:3]}
+        rates[*cell[:2], noisy] = {"chosen": max(tried, key=lambda rate: tried[rate]), "tried": tried}
     for seed in SEEDS:
         for cell in CELLS:
             for epsilon in EPSILONS if cell[2] != "without noise" else (None,):
@@ -77,15 +81,15 @@ def main() -> None:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arguments.work.glob("run-*.json"))]
     about: Table = {"clients": CLIENTS, "rows": bench.rows_each, "batch": BATCH, "steps": STEPS, "max_grad_norm": CLIP}
     about |= {"delta": DELTA, "samples": SAMPLES, "public": PUBLIC, "rates": list(RATES)}
-    chosen = [{"method": method, "rank": rank, **found} for (method, rank), found in rates.items()]
+    chosen = [{"method": method, "rank": rank, "noise": noisy, **found} for (method, rank, noisy), found in rates.items()]
     told = {**about, "chosen": chosen, "runs": runs, "provenance": bench.test.provenance}
     write_json(setting.RESULTS / "comparison.json", told)
 
 
-def rate_of(cell: Cell, rates: dict[tuple[str, int], Table]) -> float:
+def rate_of(cell: Cell, rates: dict[tuple[str, int, bool], Table]) -> float:
     """Returns the learning rate of a method and rank."""
     method = "fedit" if cell[0] == "fedex_lora" else cell[0]
-    return rates[method, cell[1]]["chosen"]
+    return rates[method, cell[1], cell[2] != "without noise"]["chosen"]
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""Recovering the tokens of a small batch from the LoRA gradient that a client sends, by the span test of DAGER (arXiv 2405.15586).
+"""Recovering the tokens of a small batch from what a client sends, by the span test of DAGER (arXiv 2405.15586).
 
     python benchmarks/privacy/inversion.py CLINC150-FOLDER
 
@@ -8,10 +8,10 @@ the embedding of one token at one position, and the step leaves
     ΔA = −lr Bᵀ Σ_t δ_t x_tᵀ          FedIT, from its second round on (B = 0 in the first)
     ΔR = −lr Bᵀ Σ_t δ_t (A x_t)ᵀ      Fed-SB; the same for FedIT's B in its first round, with δ_t in place of Bᵀ δ_t
 
-whose rows lie in the span of the x_t, or of the A x_t. The attacker, who has the base model, tries each token of the vocabulary at
-each position: those whose embedding lies in the span were in the batch. A span of k dimensions holds k inputs: query and value
-of FedIT have the same inputs, so theirs together show 2 r of them; R shows r − 1, since r of them fill the space and every
-token fits. The attacker here is told how many different tokens stand at each position, and takes the best fitting ones.
+whose rows lie in the span of the x_t, or of the A x_t. The attacker, who has the base model, tries each token of the
+vocabulary at each position: those whose embedding lies in the span were in the batch. A span of k dimensions holds k inputs:
+query and value of FedIT have the same inputs, so theirs together show 2 r of them; R shows r − 1, since r of them fill the
+space and every token fits. The attacker here is told how many different tokens stand at each position, and takes the best fitting ones.
 The result goes to results/inversion.json.
 """
 
@@ -22,11 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import setting
 import torch
 from torch import Tensor, nn
-from umbel.privacy import noise_multiplier
 
+import setting
 from umbel import algebra, wire
 from umbel.client import fit, private
 from umbel.client.adapter import Adapter
@@ -34,6 +33,7 @@ from umbel.client.data import Example
 from umbel.client.prompts import pad_id
 from umbel.config import Config
 from umbel.method import Factors
+from umbel.privacy import noise_multiplier
 from umbel.record import write_json
 
 CASES = (("fedit", 8), ("fedit", 32), ("fed_sb", 16), ("fed_sb", 64))
@@ -216,7 +216,7 @@ class Attacked:
 
     @torch.no_grad()
     def inputs(self, position: int, layer: str) -> tuple[Tensor, Tensor]:
-        """Returns what the first layer reads where each candidate stands at a position, seen through A, and its squared norms."""
+        """Returns what the first layer reads where a candidate stands at a position, seen through A, and its squared norm."""
         known = self.seen.get((position, layer))
         if known is None:
             self.embeddings.eval()

@@ -3,8 +3,8 @@
     python benchmarks/privacy/membership.py CLINC150-FOLDER WORK-FOLDER [--runs 10]
 
 A pool of rows is dealt to three clients; in each run every client trains on a random half of its rows, and the attacker, who
-has all rows, says which were in. A third of the pool are canaries: their label is drawn among the wrong ones, so they can only be
-known by heart. Two attacks: a threshold on the loss, and LiRA (Carlini et al., arXiv 2112.03570) with a variance common to
+has all rows, says which were in. A third of the pool are canaries: their label is drawn among the wrong ones, so they can only
+be known by heart. Two attacks: a threshold on the loss, and LiRA (Carlini et al., arXiv 2112.03570) with a variance common to
 all rows, where the other runs of the same setting are the shadow runs. WORK-FOLDER keeps every run as soon as it is done, so
 that the script goes on where it was stopped; the result goes to results/membership.json.
 """
@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import setting
 import torch
 from torch import Tensor
 
+import setting
 from umbel import algebra
 from umbel.record import write_json
 
