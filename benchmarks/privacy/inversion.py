@@ -11,8 +11,8 @@ the embedding of one token at one position, and the step leaves
 whose rows lie in the span of the x_t, or of the A x_t. The attacker, who has the base model, tries each token of the
 vocabulary at each position: those whose embedding lies in the span were in the batch. A span of k dimensions holds k inputs:
 query and value of FedIT have the same inputs, so theirs together show 2 r of them; R shows r − 1, since r of them fill the
-space and every token fits. The attacker here is told how many different tokens stand at each position, and takes the best fitting ones.
-The result goes to results/inversion.json.
+space and every token fits. The attacker here is told how many different tokens stand at each position, and takes those that
+fit best. The result goes to results/inversion.json.
 """
 
 import argparse

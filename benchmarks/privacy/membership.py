@@ -24,7 +24,7 @@ from umbel import algebra
 from umbel.record import write_json
 
 CLIENTS, POOL, CANARIES = 3, 600, 200
-ROUNDS, STEPS, BATCH = 3, 12, 20
+ROUNDS, STEPS, BATCH = 3, 8, 32
 DELTA = 1e-3
 EPSILONS = (None, 8.0, 3.0, 1.0)
 METHODS = {
