@@ -114,8 +114,9 @@ def test_rows_are_the_same_set_in_any_order_and_are_not_in_the_folder(ledger, da
 
 def test_the_smallest_delta_counts(ledger, data):
     ledger.spend(entry(data, delta=1e-6), 50)
-    standing = ledger.spend(entry(data, 2), 50)
-    assert standing.delta == 1e-6
+    standing = ledger.spend(entry(data, 1, run="another"), 50)
+    assert (standing.delta_run, standing.delta_all) == (1e-3, 1e-6)
+    assert standing.run_after == privacy.epsilon([(2.0, 0.2, 5)], 1e-3)
     assert standing.all_after == privacy.epsilon([(2.0, 0.2, 10)], 1e-6)
 
 

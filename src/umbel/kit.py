@@ -92,6 +92,8 @@ class SiteConfig:
     model: str = ""
     allow_code_execution: bool = False
     methods: tuple[str, ...] = ()
+    public: str = ""
+    total_epsilon: float = 0.0
 
 
 # Making and changing kits
@@ -234,16 +236,20 @@ def read_site(folder: Path) -> SiteConfig:
     path = folder / "site.toml"
     table = _toml(path, "the folder of a site that `umbel kit init` or `umbel kit join` made")
     kinds: dict[str, type] = {"name": str, "number": int, "server": str, "data": str, "test": str, "model": str}
-    kinds |= {"allow_code_execution": bool, "methods": list}
+    kinds |= {"allow_code_execution": bool, "methods": list, "public": str, "total_epsilon": float}
+    if type(table.get("total_epsilon")) is int:
+        table["total_epsilon"] = float(table["total_epsilon"])
     for key, value in table.items():
         if key not in kinds:
             raise KitError(f"{path}: no key is called {key!r}; known: {', '.join(kinds)}")
         if type(value) is not kinds[key] or (key == "methods" and not all(isinstance(name, str) for name in value)):
             raise KitError(f"{path}: {key} must be {_KINDS[kinds[key]]}, got {value!r}")
+    if not 0 <= table.get("total_epsilon", 0.0) < float("inf"):
+        raise KitError(f"{path}: total_epsilon must be 0 or more, got {table['total_epsilon']}")
     missing = [key for key in ("name", "number", "server") if key not in table]
     if missing:
         raise KitError(f"{path}: {', '.join(missing)} is missing; take the folder that the operator made")
-    for key in ("data", "test", "model"):
+    for key in ("data", "test", "model", "public"):
         if table.get(key):
             table[key] = placed(key, table[key], folder)
     table["methods"] = tuple(table.get("methods", ()))
@@ -256,7 +262,7 @@ def placed(key: str, value: str, folder: Path) -> str:
     return value if special else str(folder / Path(value).expanduser())
 
 
-_KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of dotted names"}
+_KINDS = {str: "text", int: "a whole number", bool: "true or false", float: "a number", list: "a list of dotted names"}
 
 
 def write_site(folder: Path, config: SiteConfig) -> None:

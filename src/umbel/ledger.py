@@ -17,7 +17,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Standing:
-    """What is spent where a round is asked for, without it and with it: ε of the run, and of all runs on the same rows."""
+    """What is spent where a round is asked for: ε of the run, and of all runs on the same rows, without the round and with it.
+
+    Args:
+        run: ε of the run.
+        run_after: With the round.
+        all: ε of all runs.
+        all_after: With the round.
+        delta_run: δ of both of the run: the smallest of its spendings.
+        delta_all: Likewise.
+    """
 
     run: float
     run_after: float
     all: float
     all_after: float
-    delta: float
+    delta_run: float
+    delta_all: float
 
 
 class Ledger:
@@ -133,16 +143,16 @@ class Ledger:
         return next((entry for entry in self.entries() if entry.request == request), None)
 
     def seed(self, request: str) -> int:
-        """Returns the 64 bits from which sampling and noise of an answer come; nobody without the secret knows them."""
-        return int.from_bytes(self._keyed(b"noise", request.encode())[:8], "big")
+        """Returns the 256 bits from which sampling and noise of an answer come; nobody without the secret knows them."""
+        return int.from_bytes(self._keyed(b"noise", request.encode()), "big")
 
     def standing(self, entry: Entry) -> Standing:
-        """Returns what was spent on the rows of an entry, and what it would be with it, at the smallest δ among them."""
+        """Returns what was spent on the rows of an entry, and what it would be with it."""
         same = self.overlapping(entry.data)
         own = [other for other in same if other.run == entry.run]
-        delta = min(other.delta for other in (entry, *same))
-        run, all_of_them = epsilon_of(own, delta), epsilon_of(same, delta)
-        return Standing(run, epsilon_of([*own, entry], delta), all_of_them, epsilon_of([*same, entry], delta), delta)
+        at_run, at_all = (min(other.delta for other in (entry, *some)) for some in (own, same))
+        run, every = epsilon_of(own, at_run), epsilon_of(same, at_all)
+        return Standing(run, epsilon_of([*own, entry], at_run), every, epsilon_of([*same, entry], at_all), at_run, at_all)
 
     # Writing
 
@@ -179,7 +189,7 @@ class Ledger:
         with self._held():
             if self.known(entry.request) is not None:
                 standing = self.standing(entry)
-                return Standing(standing.run, standing.run, standing.all, standing.all, standing.delta)
+                return replace(standing, run_after=standing.run, all_after=standing.all)
             standing = self.standing(entry)
             _check_budget(entry, standing, run_budget)
             self._append(entry)
@@ -209,7 +219,7 @@ class Ledger:
 
     def _make_secret(self) -> None:
         if (self.folder / LINES).exists():
-            raise LedgerError(f"{self.folder}: {SECRET} is missing and {LINES} is there; bring the key back")
+            raise LedgerError(f"{str(self.folder)!r}: {SECRET} is missing and {LINES} is there; bring the key back")
         temporary = self.folder / f"{SECRET}.partial"
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(secrets.token_bytes(32))
@@ -226,9 +236,11 @@ class Ledger:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise LedgerError(f"{self.folder} holds no ledger: {SECRET} is missing") from None
+            raise LedgerError(f"{str(self.folder)!r} holds no ledger: {SECRET} is missing") from None
         if len(content) != 32 or stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise LedgerError(f"{path}: allowed: 32 bytes that only their owner can read; chmod 600, or bring the key back")
+            raise LedgerError(
+                f"{str(path)!r}: allowed: 32 bytes that only their owner can read; chmod 600, or bring the key back"
+            )
         return content
 
     def _keyed(self, purpose: bytes, *parts: bytes) -> bytes:
@@ -247,8 +259,8 @@ class Ledger:
             checksum, _, text = line.partition(b" ")
             if not hmac.compare_digest(checksum, self._keyed(b"line", before, text).hex().encode()):
                 raise LedgerError(
-                    f"{path}, line {number}: changed, or not the one that followed; nothing is trained with a ledger that "
-                    "cannot be believed. Bring back the file as it was"
+                    f"{str(path)!r}, line {number}: changed, or not the one that followed; nothing is trained with a ledger "
+                    "that cannot be believed. Bring back the file as it was"
                 )
             entries.append(_entry(json.loads(text), path, number))
             before = checksum
@@ -258,7 +270,9 @@ class Ledger:
         path = self.folder / DATA / data
         content = path.read_bytes() if path.exists() else b""
         if self._keyed(b"data", content).hex()[:32] != data:
-            raise LedgerError(f"{path}: changed or missing, so it is not known which rows were paid for; bring the file back")
+            raise LedgerError(
+                f"{str(path)!r}: changed or missing, so it is not known which rows were paid for; bring the file back"
+            )
         return {content[i : i + ROW_BYTES] for i in range(0, len(content), ROW_BYTES)}
 
 
@@ -306,15 +320,16 @@ def rounds_left(entries: Sequence[Entry], more: Entry, delta: float, budget: flo
 
 def _check_budget(entry: Entry, standing: Standing, run_budget: float) -> None:
     what = "this measurement" if entry.kind == "measure" else f"round {entry.round}"
+    run, every = (standing.run, standing.run_after), (standing.all, standing.all_after)
     spendings = (
-        ("this run", standing.run, standing.run_after, run_budget, "privacy.target_epsilon"),
-        ("all runs on these rows", standing.all, standing.all_after, entry.budget, "total_epsilon"),
+        ("this run", *run, standing.delta_run, run_budget, "privacy.target_epsilon"),
+        ("all runs on these rows", *every, standing.delta_all, entry.budget, "total_epsilon"),
     )
-    for who, before, after, budget, key in spendings:
+    for who, before, after, delta, budget, key in spendings:
         # Sums are composed anew each time, and in another grouping.
         if after > budget * (1 + 1e-9):
             raise BudgetError(
-                f"{what} is refused: {who} spent ε {before:.4g} at δ {standing.delta:.2g}, with it {after:.4g}, "
+                f"{what} is refused: {who} spent ε {before:.4g} at δ {delta:.2g}, with it {after:.4g}, "
                 f"allowed {budget:g}; stop here, or raise {key}"
             )
 
@@ -327,7 +342,7 @@ def _mark(row: Mapping[str, Any]) -> bytes:
 def _entry(table: Any, path: Path, number: int) -> Entry:
     names = [f.name for f in fields(Entry)]
     if not isinstance(table, dict) or sorted(table) != sorted(names):
-        raise LedgerError(f"{path}, line {number}: written by another version of umbel; allowed: {', '.join(names)}")
+        raise LedgerError(f"{str(path)!r}, line {number}: written by another version of umbel; allowed: {', '.join(names)}")
     return Entry(**table)
 
 

@@ -1,13 +1,12 @@
 """federate(): choose clients, ask, fold, combine, record, resume."""
 
 import math
-import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from umbel import algebra, wire
+from umbel import privacy, wire
 from umbel.admission import Upload, admit, fold
 from umbel.asking import Heard, Plan, ask, check_quorum, in_order, is_number, once_each, read
 from umbel.engine import Engine, Reply
@@ -95,7 +94,7 @@ def _round(
     heard = Heard(plan.run, index + 1, _kind(phase))
     if plan.rejoin and phase.trains:
         join(engine, plan, server, rows, barred, heard)
-    asked = _choose(plan, sorted(rows), train_round) if phase.trains else sorted(rows)
+    asked = privacy.chosen(plan.seed, sorted(rows), plan.clients_per_round, train_round) if phase.trains else sorted(rows)
     if not phase.trains and phase.measures == "factors":
         asked = [client for client in asked if server.has.get(client, -1) >= 0]  # who never took part holds nothing
     heard.seconds["record"] = committing
@@ -153,13 +152,6 @@ def _round(
 
 def _kind(phase: Method) -> str:
     return "train" if phase.trains else {"gradient": "measure", "factors": "gather"}[phase.measures]
-
-
-def _choose(plan: Plan, clients: list[int], index: int) -> list[int]:
-    """Draws the round's clients by the seed and the round alone."""
-    if not 0 < plan.clients_per_round < len(clients):
-        return clients
-    return sorted(random.Random(algebra.seed_of(plan.seed, "choose", index)).sample(clients, plan.clients_per_round))
 
 
 def _request(server: Server, phase: Method, echo: Mapping[str, Any], train_round: int, plan: Plan, samples: int) -> bytes:
@@ -301,7 +293,16 @@ def _line(
         "aggregation_error": errors["error"],
         "aggregation_error_of_sum": errors["error_of_sum"],
         "rank": aggregated.rank if aggregated else {},
-        **{key: value for key, value in (("joined", heard.joined), ("lost", heard.lost), ("preflight", heard.facts)) if value},
+        **{
+            key: value
+            for key, value in (
+                ("joined", heard.joined),
+                ("lost", heard.lost),
+                ("preflight", heard.facts),
+                ("epsilon", said("epsilon")),
+            )
+            if value
+        },
     }
 
 

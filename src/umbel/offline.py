@@ -269,7 +269,7 @@ def answer(folder: Path, file: Path, out: Path, on_step: Callable[[int, int, int
         raise ConfigError(f"{folder / 'site.toml'}: data is not set; give --data FILE, or --data run for the run's own rows")
     payload = envelopes.read(request, head.length)
     job = {**head.job, "run": head.run, "member": head.member}
-    reply = Worker(_site(folder, settings), on_step).answer(job, payload)
+    reply = Worker(Site.of(folder, settings), on_step).answer(job, payload)
     if len(reply) > head.most_bytes:
         raise EnvelopeError(f"{file}: the reply has {len(reply)} bytes, the server allows {head.most_bytes}")
     said = replace(
@@ -299,15 +299,3 @@ def _before(kept: Path, public: dict[str, str]) -> Envelope | None:
         return envelopes.look(kept, public)
     except (FileNotFoundError, EnvelopeError):
         return None
-
-
-def _site(folder: Path, settings: kit.SiteConfig) -> Site:
-    return Site(
-        settings.number,
-        folder / "state",
-        settings.data,
-        settings.test,
-        settings.model,
-        settings.allow_code_execution,
-        tuple(settings.methods),
-    )

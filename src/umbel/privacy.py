@@ -44,8 +44,8 @@ def epsilon(history: Sequence[Spent], delta: float) -> float:
     """Returns the ε that a history has at δ.
 
     It is the smaller of two proven upper bounds, both Opacus': of Rényi divergences, and of the privacy loss itself,
-    composed numerically with its error bound added (PRV), which is 5 to 15 % lower. So where the second cannot be had (δ < 1e-10,
-    or numbers beyond its range) the first counts, and ε is too high rather than too low.
+    composed numerically with its error bound added (PRV), which is 5 to 15 % lower. So where the second cannot be had
+    (δ < 1e-10, or numbers beyond its range) the first counts, and ε is too high rather than too low.
 
     Args:
         history: (σ, q, steps) each; entries of the same σ and q count as one.

@@ -363,7 +363,9 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
     ranks = {k: rank for k, rank in client.ranks(shared, dataset).items() if k in everyone}
     lora = shared.lora
     largest = lora.of(max(ranks, key=lambda k: ranks[k]), max(ranks.values())) if ranks else lora
-    central = replace(plain, lora=largest, training=replace(training, optimizer_state="keep"))
+    pooled = sum(owner in everyone for owner in dataset.owner_train)
+    hidden = replace(plain.privacy, target_delta=min(plain.privacy.target_delta, 1 / max(1, pooled)))
+    central = replace(plain, lora=largest, training=replace(training, optimizer_state="keep"), privacy=hidden)
     result.append(Member("central", "central", central, [0], "central"))
     for k in everyone:
         own = replace(plain, lora=lora.of(k, ranks[k]) if ranks else lora)
@@ -374,7 +376,9 @@ def _members(configs: dict[str, Config], shared: Config, dataset: Any, baselines
 def _alone(config: Config) -> configuration.Privacy:
     """Returns a baseline's privacy: its rows are protected as in the methods' runs; there are no others to hide among."""
     noisy = config.privacy.unit == "example"
-    return replace(config.privacy, secure_aggregation=False) if noisy else configuration.Privacy()
+    # No federation would train them, so they spend nothing of the rows' budget: their ledgers are in their own folders.
+    alone = replace(config.privacy, secure_aggregation=False, ledger="", total_epsilon=0.0)
+    return alone if noisy else configuration.Privacy()
 
 
 def _pooled(dataset: Any) -> Any:
@@ -429,7 +433,8 @@ def _run_member(
         resident = client.Resident(config, base, adapter, dataset, loaded.train, loaded.test, ranks=ranks)
         resident.on_step = lambda number, step, steps: listen({"event": "step", "client": number, "step": step, "steps": steps})
         here = [OBSERVER] if network else [*member.clients, OBSERVER]
-        engine: Engine = Local({k: client.Client(k, resident, folder / "clients" / str(k)).answer for k in here})
+        name = f"{job['run']}/{member.label}"
+        engine: Engine = Local({k: client.Client(k, resident, folder / "clients" / str(k), name).answer for k in here})
         plan = _plan(member)
         if network is not None:
             whole = {**job, "member": member.label, "config": configuration.to_table(config)}

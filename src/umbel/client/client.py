@@ -14,12 +14,14 @@ from torch import Tensor
 
 from umbel import algebra, wire
 from umbel import method as methods
-from umbel.client import evaluate, fit, preflight
+from umbel.client import evaluate, fit, preflight, private
+from umbel.client.account import Account
 from umbel.client.adapter import Adapter
-from umbel.client.data import Dataset, Example, encode
+from umbel.client.data import Dataset, Example, encode, load_public
 from umbel.client.model import Base
 from umbel.client.prompts import pad_id
 from umbel.config import Config, ConfigError, Lora
+from umbel.ledger import Ledger
 from umbel.record import write_file, write_lines
 from umbel.server import OBSERVER
 
@@ -64,6 +66,12 @@ class Resident:
     def identity(self) -> dict[str, Any]:
         """Versions and hashes of this process, read once: hashing a large model takes as long as reading it."""
         return preflight.identity(self.config, self.base.tokenizer)
+
+    @cached_property
+    def public(self) -> list[Example]:
+        """Tokens of the rows of `data.public`; none where there are none."""
+        rows = load_public(self.config, self.dataset.labels) if self.config.data.public else []
+        return encode(rows, self.base.tokenizer, self.config, self.dataset.labels)
 
     def lora(self, client: int) -> Lora | None:
         """Returns a client's own rank and alpha; None where all have the same."""
@@ -152,12 +160,19 @@ class Client:
         number: Ours, from 0; OBSERVER owns no rows and scores all test rows.
         resident: Shared with the other clients of this process.
         folder: Of this client's state.
+        run: Names the run and its method for ever, in the ledger.
+        ledger: Folder of the ledger; None takes what the configuration says.
+        total_epsilon: ε that all runs on these rows may spend; 0 takes what the configuration says.
     """
 
     number: int
     resident: Resident
     folder: Path
+    run: str = ""
+    ledger: Path | None = None
+    total_epsilon: float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict[str, float])
+    _payload: bytes = b""
 
     def answer(self, payload: bytes) -> bytes:
         """Answers one request.
@@ -168,7 +183,7 @@ class Client:
         Returns:
             The reply, in the run's wire dtype.
         """
-        self._seconds = {}
+        self._seconds, self._payload = {}, payload
         with self._timed("wire"):
             request = wire.decode(payload)
         kind = request.header["kind"]
@@ -212,7 +227,30 @@ class Client:
     def _mine(self) -> list[Example]:
         return self.resident.rows_of(self.number)
 
+    def _account(self) -> Account | None:
+        """Returns what keeps this client's accounts; None where its rows are not hidden one by one."""
+        resident, own = self.resident, self.resident.config.privacy
+        if own.unit != "example":
+            return None
+        place = self.ledger or (Path(own.ledger).expanduser() / str(self.number) if own.ledger else self.folder / "ledger")
+        return Account(
+            config=resident.config,
+            run=self.run,
+            client=self.number,
+            clients=[k for k in range(resident.dataset.clients) if k not in resident.dataset.unseen],
+            rows=resident.dataset.train_of(self.number),
+            examples=self._mine(),
+            ledger=Ledger(place),
+            budget=self.total_epsilon or own.total_epsilon or own.target_epsilon,
+            identity=lambda: resident.identity,
+        )
+
+    def _state_bytes(self, header: Answer) -> bytes:
+        return (self.folder / f"{header['has']}.safetensors").read_bytes() if header["has"] >= 0 else b""
+
     def _open(self, with_facts: bool) -> Answer:
+        if (account := self._account()) is not None:
+            account.check()
         own = self.resident.ranks.get(self.number)
         layers = {name: [s.d_out, s.d_in, own or s.rank] for name, s in self.resident.adapter.layers.items()}
         plain = {name: list(p.shape) for name, p in self.resident.adapter.plain_parameters.items()}
@@ -301,20 +339,29 @@ class Client:
         resident = self.resident
         # A method that trains now this, now that factor has an optimizer for each.
         mine = f"{OPTIMIZER}{''.join(header['trains'])}|"
+        shared = (
+            int(header["train_round"]),
+            int(header["rounds"]),
+            {k.removeprefix(mine): x for k, x in beside.items() if k.startswith(mine)},
+            lambda step, steps: resident.on_step(self.number, step, steps),
+            resident.method,
+        )
+        rows = (
+            resident.adapter,
+            tuple(header["trains"]),
+            self._mine(),
+            resident.config.training,
+            pad_id(resident.base.tokenizer),
+        )
         with self._timed("fit"):
-            fitted = fit.fit(
-                resident.adapter,
-                tuple(header["trains"]),
-                self._mine(),
-                resident.config.training,
-                pad_id(resident.base.tokenizer),
-                self._seed(header),
-                int(header["train_round"]),
-                int(header["rounds"]),
-                {k.removeprefix(mine): x for k, x in beside.items() if k.startswith(mine)},
-                lambda step, steps: resident.on_step(self.number, step, steps),
-                resident.method,
-            )
+            if (account := self._account()) is None:
+                fitted = fit.fit(*rows, self._seed(header), *shared)
+                said = {"loss": fitted.loss}
+            else:
+                # The loss is of rows that no noise hides, so it stays here.
+                noise, spent = account.train(int(header["train_round"]), self._payload, self._state_bytes(header))
+                fitted = private.fit(*rows, noise, *shared)
+                said = {"epsilon": spent}
         with self._timed("evaluate"):
             keep = self._scores_file(int(header["train_round"]) == int(header["rounds"]))
             scores = resident.score(self.number, generate=False, keep=keep) if header["score"] else None
@@ -323,7 +370,7 @@ class Client:
             # What keeps a factor at home keeps the head there, too.
             tensors |= {} if header["keeps"] else wire.pack_plain(resident.adapter.read_plain())
         others = {k: x for k, x in beside.items() if not k.startswith(mine)}
-        answer = {"rows": len(self._mine()), "loss": fitted.loss, "steps": fitted.steps, "scores": scores}
+        answer = {"rows": len(self._mine()), **said, "steps": fitted.steps, "scores": scores}
         return answer, tensors, others | {mine + key: x for key, x in fitted.optimizer.items()}
 
     def _gather(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
@@ -337,23 +384,22 @@ class Client:
         return {"rows": len(self._mine()), "scores": scores}, tensors
 
     def _measure(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
-        resident = self.resident
+        resident, said = self.resident, {}
         mine = self._mine()
         samples = max(1, min(int(header["samples"]), len(mine)))
+        rest = resident.config.training, pad_id(resident.base.tokenizer)
+        account = None if resident.public else self._account()
         with self._timed("fit"):
-            gradients = fit.gradient(
-                resident.adapter,
-                mine,
-                resident.config.training,
-                pad_id(resident.base.tokenizer),
-                self._seed(header),
-                samples,
-            )
+            if account is None:
+                gradients = fit.gradient(resident.adapter, resident.public or mine, *rest, self._seed(header), samples)
+            else:
+                noise, said["epsilon"] = account.measure(samples, self._payload, self._state_bytes(header))
+                gradients = private.gradient(resident.adapter, mine, *rest, noise)
             if "G" in header["sends"]:
                 factors = {layer: {"G": G} for layer, G in gradients.items()}
             else:
                 factors = {layer: _best_product(G, resident.adapter.layers[layer].rank) for layer, G in gradients.items()}
-        return {"rows": samples}, wire.pack_factors(factors)
+        return {"rows": samples, **said}, wire.pack_factors(factors)
 
     def _observe(self, header: Answer) -> tuple[Answer, dict[str, Tensor]]:
         with self._timed("evaluate"):

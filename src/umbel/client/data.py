@@ -28,6 +28,7 @@ __all__ = [
     "encode",
     "fingerprint",
     "load",
+    "load_public",
     "load_site",
     "load_test",
     "locate",
@@ -345,6 +346,24 @@ def load_test(config: Config) -> Dataset:
         row_test=test.numbers,
         dropped={"test": dropped},
     )
+
+
+def load_public(config: Config, labels: list[str]) -> list[Row]:
+    """Reads the rows of `data.public`, which belong to nobody; those of other labels than the run's are left out.
+
+    Raises:
+        ConfigError: As in `load`, or no row is left.
+    """
+    part, dropped = _read(config, "public", config.data.public, {})
+    named = config.task.kind != "instruction" and not config.task.choices
+    rows = [row for row in part.rows if not named or row[config.data.label] in labels]
+    if not rows:
+        others = len(part.rows)
+        raise ConfigError(
+            f"data.public = {config.data.public!r}: no row is left of it; {dropped} rows had no text, {others} other labels "
+            "than the training rows"
+        )
+    return rows
 
 
 def load_site(config: Config, number: int, clients: int, train: str, test: str = "") -> Dataset:

@@ -16,7 +16,7 @@ from umbel.client import client, data, model
 from umbel.client.adapter import Adapter
 from umbel.client.client import Client, Resident
 from umbel.config import Config, ConfigError
-from umbel.kit import RUN_ROWS
+from umbel.kit import RUN_ROWS, SiteConfig
 from umbel.record import locked
 
 Job = Mapping[str, Any]
@@ -39,6 +39,9 @@ class Site:
         model: Path of the base model here; "" takes the run's name for it.
         allow_code_execution: Whether `task.program` may be run here.
         methods: Dotted names of methods that are not umbel's and may be loaded here; None allows any.
+        public: A file with rows that belong to nobody, for what a run measures on `data.public`.
+        ledger: Folder of its ledger; None takes what the run's configuration says.
+        total_epsilon: ε that all runs on its rows may spend; then it answers only runs that hide them. 0 lets each run say.
     """
 
     number: int | None
@@ -48,6 +51,25 @@ class Site:
     model: str = ""
     allow_code_execution: bool = False
     methods: tuple[str, ...] | None = ()
+    public: str = ""
+    ledger: Path | None = None
+    total_epsilon: float = 0.0
+
+    @classmethod
+    def of(cls, folder: Path, told: SiteConfig) -> "Site":
+        """Returns the site of a kit's folder, from its `site.toml`."""
+        return cls(
+            number=told.number,
+            state=folder / "state",
+            data=told.data,
+            test=told.test,
+            model=told.model,
+            allow_code_execution=told.allow_code_execution,
+            methods=tuple(told.methods),
+            public=told.public,
+            ledger=folder / "ledger",
+            total_epsilon=told.total_epsilon,
+        )
 
 
 @dataclass
@@ -89,7 +111,8 @@ class Worker:
             raise ConfigError(f"the request is for client {number!r:.40}, allowed: 0 to {clients - 1}")
         folder = self.site.state / run / member / str(number)
         with locked(folder, WAIT_SECONDS):
-            return Client(number, self._take(config, number, clients), folder).answer(payload)
+            resident, site = self._take(config, number, clients), self.site
+            return Client(number, resident, folder, f"{run}/{member}", site.ledger, site.total_epsilon).answer(payload)
 
     def _take(self, config: Config, number: int, clients: int) -> Resident:
         # With files of its own a site is one client; else one process stands in for several.
@@ -103,6 +126,11 @@ class Worker:
     def _load(self, config: Config, number: int | None, clients: int) -> Resident:
         if self.site.model:
             config = replace(config, model=replace(config.model, name=self.site.model))
+        if self.site.data != RUN_ROWS and config.data.public:
+            # What is public here is not for the run to say: it could name the site's own rows.
+            if not self.site.public:
+                raise ConfigError("data.public: this site has no public rows (public, in site.toml)")
+            config = replace(config, data=replace(config.data, public=self.site.public))
         if self.site.data == RUN_ROWS:
             dataset = data.load(config)
             if dataset.clients != clients or dataset.unseen:
@@ -136,6 +164,8 @@ class Worker:
             raise ConfigError(
                 "task.program runs code that a model wrote, which this site forbids (allow_code_execution, in site.toml)"
             )
+        if self.site.total_epsilon and (table.get("privacy") or {}).get("unit") != "example":
+            raise ConfigError("this site answers only runs with privacy.unit = example (total_epsilon, in site.toml)")
 
 
 def _read_job(job: Job) -> tuple[str, str, int]:
@@ -148,6 +178,6 @@ def _read_job(job: Job) -> tuple[str, str, int]:
     if type(clients) is not int or not 1 <= clients <= 10**6:
         raise ConfigError(f"job: clients is {clients!r:.40}, allowed: 1 to 1000000")
     table = job.get("config")
-    if not isinstance(table, dict) or not all(isinstance(table.get(key, {}), dict) for key in ("method", "task")):
+    if not isinstance(table, dict) or not all(isinstance(table.get(key, {}), dict) for key in ("method", "task", "privacy")):
         raise ConfigError(f"job: config is {table!r:.40}, allowed: a configuration's table")
     return run, member, clients

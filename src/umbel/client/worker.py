@@ -90,8 +90,7 @@ def _load(folder: Path) -> Any:
     from umbel.client.site import Site, Worker
 
     own = kit.read_site(folder)
-    code = own.allow_code_execution
-    return Worker(Site(own.number, folder / "state", own.data, own.test, own.model, code, tuple(own.methods)))
+    return Worker(Site.of(folder, own))
 
 
 def _connect(folder: Path) -> connection.Connection:

@@ -5,15 +5,17 @@ import traceback
 from pathlib import Path
 
 from umbel.config import ConfigError
+from umbel.ledger import BudgetError
 from umbel.method import MethodError
+from umbel.privacy import PrivacyError
 from umbel.server import Refused
 from umbel.wire import WireError
 
 MOST_REASON = 300
 """Characters of the reason why a client has no answer."""
 
-WITHOUT_ROWS = (WireError, MethodError, Refused)
-"""Errors of ours whose messages are made of the server's request, of names and of shapes, and never of a row."""
+WITHOUT_ROWS = (WireError, MethodError, Refused, BudgetError, PrivacyError)
+"""Errors of ours whose messages are made of the server's request, of names, of shapes and of spent ε, and never of a row."""
 
 
 def reason(error: BaseException) -> str:
