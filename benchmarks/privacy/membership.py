@@ -1,6 +1,6 @@
 """Membership inference on a federation's final model, on one client's upload, and on the mean of the round's uploads.
 
-    python benchmarks/privacy/membership.py CLINC150-FOLDER WORK-FOLDER [--runs 10]
+    python benchmarks/privacy/membership.py CLINC150-FOLDER WORK-FOLDER [--runs 8]
 
 A pool of rows is dealt to three clients; in each run every client trains on a random half of its rows, and the attacker, who
 has all rows, says which were in. A third of the pool are canaries: their label is drawn among the wrong ones, so they can only
@@ -24,7 +24,7 @@ from umbel import algebra
 from umbel.record import write_json
 
 CLIENTS, POOL, CANARIES = 3, 600, 200
-ROUNDS, STEPS, BATCH = 3, 8, 32
+ROUNDS, STEPS, BATCH = 2, 8, 32
 DELTA = 1e-3
 EPSILONS = (None, 8.0, 3.0, 1.0)
 METHODS = {
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", type=Path, help="folder of CLINC150")
     parser.add_argument("work", type=Path, help="folder for what is done so far")
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=8)
     arguments = parser.parse_args()
     setting.one_thread()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def main() -> None:
 def configured(rows: Path, method: str, epsilon: float | None, seed: int) -> Any:
     """Returns the configuration of one run."""
     private: Table = {"unit": "example", "target_epsilon": epsilon, "target_delta": DELTA, "max_grad_norm": 0.5}
-    training = {"learning_rate": 1e-2, "per_device_train_batch_size": BATCH, "max_steps": STEPS}
+    training = {"learning_rate": 2e-2, "per_device_train_batch_size": BATCH, "max_steps": STEPS}
     described = setting.table(rows, **METHODS[method], training=training, rounds=ROUNDS, seed=seed)
     return setting.configured(described | ({"privacy": private} if epsilon else {}))
 
