@@ -146,16 +146,8 @@ class Bench:
                 spent = [line.get("epsilon") for line in end.record.lines()][-1]
                 sent = sum(end.record.lines()[-1]["bytes_up"].values())
             about: Table = dict(zip(("method", "rank", "recipe", "start"), cell))
-            told = {
-                **about,
-                "epsilon": epsilon,
-                "seed": seed,
-                "rate": rate,
-                "accuracy": accuracy,
-                "fedex_lora": fedex,
-                "spent": spent,
-                "up": sent,
-            }
+            about |= {"epsilon": epsilon, "seed": seed, "rate": rate, "spent": spent, "up": sent}
+            told = {**about, "accuracy": accuracy, "fedex_lora": fedex}
             write_json(done, told)
             print(label, accuracy, flush=True)
         return json.loads(done.read_text(encoding="utf-8"))
