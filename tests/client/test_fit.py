@@ -163,6 +163,20 @@ def test_a_loss_that_is_not_finite_stops_the_client_with_advice(tmp_path: Path) 
         fit.fit(own, ("A", "B"), examples(), Training(max_steps=1), 0, 1, 1, 1, {}, lambda *_: None)
 
 
+def test_a_client_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    own, training = adapter(tmp_path), Training(max_steps=2, learning_rate=1e-2)
+    start = own.read()
+    own.trainable(("A", "B"))[0].data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        fit.fit(own, ("A", "B"), examples(), training, 0, 1, 1, 1, {}, lambda *_: None)
+    results = []
+    for one in (own, adapter(tmp_path)):
+        one.write(start)
+        fit.fit(one, ("A", "B"), examples(), training, 0, 1, 1, 1, {}, lambda *_: None)
+        results.append(one.read())
+    assert all(torch.equal(x, results[1][layer][name]) for layer, own in results[0].items() for name, x in own.items())
+
+
 def test_a_layer_that_nothing_reads_has_a_gradient_of_zero(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(str(tiny.llama(tmp_path)))
     base.unread = torch.nn.Linear(5, 4)

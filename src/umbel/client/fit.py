@@ -123,6 +123,7 @@ def fit(
     device = next(adapter.model.parameters()).device
     adapter.model.train()
     losses: list[float] = []
+    optimizer.zero_grad(set_to_none=True)  # what a client that failed may have left
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for step in range(steps):

@@ -205,23 +205,32 @@ def gradient(adapter: Adapter, examples: list[Example], training: Training, pad_
     sums = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
     device = next(adapter.model.parameters()).device
     adapter.model.train()
-    with torch.random.fork_rng():
-        torch.manual_seed(_dropout_seed(noise, 0))
-        for i in Secret(noise.seed, "sampling", "gradient").poisson(len(examples), noise.sample_rate):
-            batch = {key: x.to(device) for key, x in collate([examples[i]], pad_id).items()}
-            row_losses(adapter.model, batch, training.bf16).sum().backward()
-            own = {name: _finite(weight.grad) for name, weight in weights.items() if weight.grad is not None}
-            norm = math.hypot(*(float(g.norm()) for g in own.values()))
-            for name, g in own.items():
-                sums[name] += g.cpu() * min(1.0, noise.max_grad_norm / (norm + 1e-6))  # (2), as Opacus has it
-                weights[name].grad = None
-    adapter.model.eval()
-    for weight in weights.values():
-        weight.requires_grad_(False)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(_dropout_seed(noise, 0))
+            for i in Secret(noise.seed, "sampling", "gradient").poisson(len(examples), noise.sample_rate):
+                batch = {key: x.to(device) for key, x in collate([examples[i]], pad_id).items()}
+                row_losses(adapter.model, batch, training.bf16).sum().backward()
+                _add_clipped(sums, weights, noise.max_grad_norm)
+    finally:
+        adapter.model.eval()
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
     draw, deviation = Secret(noise.seed, "noise", "gradient"), noise.multiplier * noise.max_grad_norm
     for total in sums.values():
         total.add_(draw.normal(total.shape), alpha=deviation).div_(noise.sample_rate * len(examples))
     return {name: adapter.oriented(name, total).contiguous() for name, total in sums.items()}
+
+
+def _add_clipped(sums: dict[str, Tensor], weights: Mapping[str, nn.Parameter], C: float) -> None:
+    """Adds (2) of the row whose gradient the weights hold, over all of them together, and clears it."""
+    own = {name: _finite(weight.grad) for name, weight in weights.items() if weight.grad is not None}
+    # In float64: in float32 the squares of a large layer add up to too little, and the row would come out longer than C.
+    norm = math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in own.values()))
+    for name, g in own.items():
+        sums[name] += g.cpu() * min(1.0, C / (norm + 1e-6))  # as Opacus has it
+        weights[name].grad = None
 
 
 RowsGradient = Callable[[list[Example], Training, int], list[float]]
@@ -258,7 +267,9 @@ def _hooked(
                     found.sum().backward()
                 losses += found.tolist()
             for p, slot in zip(parameters, slots, strict=True):
-                slot.grad_sample = _of_rows(p, len(part), names[id(p)])  # type: ignore[attr-defined]
+                gradients = _of_rows(p, len(part), names[id(p)])
+                p.grad_sample = None  # type: ignore[attr-defined]  # where p has a slot, Opacus does not clear it
+                slot.grad_sample = gradients  # type: ignore[attr-defined]
             more = number + 1 < len(parts)
             clipper.signal_skip_step(more)
             clipper.pre_step()
@@ -277,6 +288,7 @@ def _hooked(
         hooks.cleanup()
         _forget(adapter.model)
         for p in parameters:
+            p.grad = None  # whatever ended the training, nothing of a row is left for the next client
             _drop(p, "summed_grad")
 
 
