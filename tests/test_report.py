@@ -468,3 +468,25 @@ def test_the_terminal_says_who_was_left_out_and_why(tmp_path):
     assert "left out of" in text
     assert "client 1" in text
     assert "sent [bold]NaN" in text
+
+
+def test_epsilon_is_shown_where_rows_are_hidden_and_nowhere_else(tmp_path):
+    def told(folder, **more):
+        make_run(
+            folder, "hidden", [make_line(n, 2, LABELS, 0.5, 0.0, **{k: x[n - 1] for k, x in more.items()}) for n in (1, 2)]
+        )
+        job = report.read_job(folder)
+        console = Console(file=io.StringIO(), width=200)
+        console.print(report.table([job]))
+        page = report.write_html([job], folder / "report.html").read_text()
+        return report.as_json([job])["rows"][0]["epsilon"], console.file.getvalue(), page
+
+    value, text, page = told(tmp_path / "a", epsilon=[{"0": 1.1, "1": 1.0}, {"0": 2.987654, "1": 2.5}])
+    assert value == 2.987654
+    assert "2.99" in text
+    assert "ε: spent by the client that spent most" in text
+    assert "<td>2.99</td>" in page
+    value, text, page = told(tmp_path / "b")
+    assert value is None
+    assert "ε" not in text
+    assert '<th scope="col">ε</th>' not in page

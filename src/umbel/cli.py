@@ -44,6 +44,7 @@ JobFolder = Annotated[Path, typer.Argument(help="The folder that `umbel run --en
 ENGINES = ("local", "ray", "flower", "files")
 
 WRONG_INPUT = ("ConfigError", "FolderError", "MergeError", "MethodError", "RecordError", "ReportError")
+WRONG_INPUT += ("LedgerError", "PrivacyError")
 """Exceptions of ours that the user can do something about."""
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -412,6 +413,22 @@ def methods(as_json: JsonFlag = False) -> None:
 
 
 @app.command()
+def privacy(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ledger, a site's folder, or a run's.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Print what hiding single rows has cost: ε and δ by run and in all, what one more round costs, how many are left."""
+    with _errors():
+        from umbel import ledger
+
+        told = [ledger.summary(ledger.Ledger(place)) for place in ledger.find(folder)]
+        if as_json:
+            typer.echo(json.dumps(told))
+        else:
+            _console().print(_ledger_table(told, folder))
+
+
+@app.command()
 def check(
     name: Annotated[str, typer.Argument(help="A method's name, or my_package.my_method.")], as_json: JsonFlag = False
 ) -> None:
@@ -609,6 +626,37 @@ def _split_table(manifest: dict[str, Any]) -> Any:
         most = ", ".join(f"{manifest['labels'][i]} {train[i]}" for i in order[:3] if train[i])
         name = f"{client} (unseen)" if client in manifest.get("unseen", []) else str(client)
         table.add_row(name, str(sum(train)), str(sum(test)), str(sum(n > 0 for n in train)), most)
+    return table
+
+
+def _ledger_table(told: list[dict[str, Any]], folder: Path) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Spent on hiding one training row", title_justify="left", box=None)
+    table.add_column("ledger\nrun", overflow="fold")
+    for heading in ("client", "rounds", "σ", "q", "steps", "clip", "ε", "δ", "of"):
+        table.add_column(f"\n{heading}", justify="right", no_wrap=True)
+    for own in told:
+        place = Path(own["ledger"])
+        inside = place.relative_to(folder) if place.is_relative_to(folder) and place != folder else place
+        table.add_row(escape(str(inside)), style="bold")
+        for run in own["runs"]:
+            noise = ["\n".join(f"{x[key]:.4g}" for x in run["spent"]) for key in ("sigma", "sample_rate", "steps")]
+            counts = str(run["client"]), str(run["rounds"])
+            spent = f"{run['max_grad_norm']:g}", f"{run['epsilon']:.4g}", f"{run['delta']:.2g}", f"{run['target']:g}"
+            table.add_row(f"  {escape(run['run'])}", *counts, *noise, *spent)
+        if own["runs"]:
+            table.add_row("  in all", *[""] * 6, f"{own['epsilon']:.4g}", f"{own['delta']:.2g}", f"{own['budget']:g}")
+        if own["next"] is not None:
+            left = own["next"]["left"]
+            more = "none is left" if left == 0 else f"{left} left"
+            table.add_row("  after one more round", *[""] * 6, f"{own['next']['epsilon']:.4g}", "", more, end_section=True)
+    table.caption = (
+        "Neighbours: one row more or less. Sampling: Poisson, each row in a batch with probability q. In all: runs that share "
+        "any row. A start that was measured on private rows is the first σ of its run."
+    )
+    table.caption_justify = "left"
     return table
 
 

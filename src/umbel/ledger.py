@@ -59,7 +59,8 @@ class Entry:
         steps: Steps taken.
         max_grad_norm: C.
         delta: δ of the run.
-        budget: ε that may be spent on these rows in all, when this was spent.
+        target: ε that the run may spend.
+        budget: ε that all runs on these rows may spend, when this was spent.
         request: Hash of everything that decides what is answered; the same again is the same answer, and costs nothing.
         data: Names the rows, in `data/`.
         time: When, in UTC.
@@ -74,6 +75,7 @@ class Entry:
     steps: int
     max_grad_norm: float
     delta: float
+    target: float
     budget: float
     request: str
     data: str
@@ -171,18 +173,17 @@ class Ledger:
                 write_file(place, content)
         return name
 
-    def spend(self, entry: Entry, run_budget: float) -> Standing:
+    def spend(self, entry: Entry) -> Standing:
         """Writes a spending and flushes it to disk, unless it is there already.
 
         Args:
-            entry: What is to be spent; `entry.budget` is for all runs on the same rows together.
-            run_budget: ε that this run may spend.
+            entry: What is to be spent.
 
         Returns:
             What was spent, `run_after` and `all_after` with this entry.
 
         Raises:
-            BudgetError: It would be more than either budget; nothing is written.
+            BudgetError: It would be more than the run or all runs may spend; nothing is written.
             LedgerError: The ledger cannot be believed.
             RecordError: Another process has held the ledger for too long.
         """
@@ -191,7 +192,7 @@ class Ledger:
                 standing = self.standing(entry)
                 return replace(standing, run_after=standing.run, all_after=standing.all)
             standing = self.standing(entry)
-            _check_budget(entry, standing, run_budget)
+            _check_budget(entry, standing)
             self._append(entry)
         return standing
 
@@ -318,11 +319,86 @@ def rounds_left(entries: Sequence[Entry], more: Entry, delta: float, budget: flo
     return min(low, MOST_ROUNDS)
 
 
-def _check_budget(entry: Entry, standing: Standing, run_budget: float) -> None:
+def find(folder: Path) -> list[Path]:
+    """Returns the ledgers in a folder: of a ledger itself, of a site, or of all clients of a run.
+
+    Raises:
+        LedgerError: There is none.
+    """
+    found = sorted(path.parent for path in folder.rglob(SECRET))
+    if not found:
+        raise LedgerError(
+            f"{str(folder)!r} holds no ledger; give a ledger, a site's folder, or that of a run with privacy.unit = 'example' "
+            "(one with privacy.ledger has it there)"
+        )
+    return found
+
+
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """Returns what a ledger says, as plain JSON.
+
+    Returns:
+        "runs": per run and client "epsilon" at "delta", "target", "rounds", "spent" (kind, σ, q and steps of what was done) and
+        when it was; "epsilon", "delta" and "budget": of all runs on the same rows, the most for any set of them; "next": what
+        another round of the last run costs ("epsilon" after it) and how many are "left", None where nothing was trained.
+    """
+    entries = ledger.entries()
+    runs: dict[tuple[str, int], list[Entry]] = {}
+    for entry in entries:
+        runs.setdefault((entry.run, entry.client), []).append(entry)
+    same = {data: ledger.overlapping(data) for data in {entry.data for entry in entries}}
+    totals = {data: epsilon_of(own, min(x.delta for x in own)) for data, own in same.items()}
+    worst = max(totals, key=lambda data: totals[data], default=None)
+    result: dict[str, Any] = {"ledger": str(ledger.folder), **ASSUMPTIONS}
+    result["epsilon"] = totals[worst] if worst else 0.0
+    result["delta"] = min(x.delta for x in same[worst]) if worst else None
+    result["budget"] = entries[-1].budget if entries else None
+    result["runs"] = [_summary_of(run, client, own) for (run, client), own in runs.items()]
+    last = next((entry for entry in reversed(entries) if entry.kind == "train"), None)
+    return result | {"next": None if last is None else _next(last, runs[last.run, last.client], same[last.data])}
+
+
+ASSUMPTIONS = {
+    "unit": "example: one training row",
+    "neighbours": "one row more or less",
+    "sampling": "Poisson: each row is in a batch with probability q, by itself",
+}
+
+
+def _summary_of(run: str, client: int, entries: list[Entry]) -> dict[str, Any]:
+    delta, last = min(entry.delta for entry in entries), entries[-1]
+    counted: dict[tuple[str, float, float], int] = {}
+    for entry in entries:
+        key = entry.kind, entry.sigma, entry.sample_rate
+        counted[key] = counted.get(key, 0) + entry.steps
+    return {
+        "run": run,
+        "client": client,
+        "epsilon": epsilon_of(entries, delta),
+        "delta": delta,
+        "target": last.target,
+        "rounds": sum(entry.kind == "train" for entry in entries),
+        "max_grad_norm": last.max_grad_norm,
+        "spent": [
+            {"kind": kind, "sigma": sigma, "sample_rate": rate, "steps": steps}
+            for (kind, sigma, rate), steps in counted.items()
+        ],
+        "first": entries[0].time,
+        "last": last.time,
+    }
+
+
+def _next(last: Entry, own: list[Entry], same: list[Entry]) -> dict[str, Any]:
+    delta = min(entry.delta for entry in same)
+    left = [rounds_left(own, last, min(entry.delta for entry in own), last.target), rounds_left(same, last, delta, last.budget)]
+    return {"run": last.run, "client": last.client, "epsilon": epsilon_of([*same, last], delta), "left": min(left)}
+
+
+def _check_budget(entry: Entry, standing: Standing) -> None:
     what = "this measurement" if entry.kind == "measure" else f"round {entry.round}"
     run, every = (standing.run, standing.run_after), (standing.all, standing.all_after)
     spendings = (
-        ("this run", *run, standing.delta_run, run_budget, "privacy.target_epsilon"),
+        ("this run", *run, standing.delta_run, entry.target, "privacy.target_epsilon"),
         ("all runs on these rows", *every, standing.delta_all, entry.budget, "total_epsilon"),
     )
     for who, before, after, delta, budget, key in spendings:

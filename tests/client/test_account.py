@@ -1,10 +1,17 @@
 """What a client's answers cost: from its configuration and its own rows to its ledger."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
 import tiny
@@ -151,6 +158,40 @@ def test_a_client_that_may_spend_no_more_is_left_out_and_the_others_go_on(tmp_pa
     for line in lines(folder)[1:]:
         assert line["answered"] == [1, 2]
         assert "all runs on these rows spent" in line["refused"][0]["reason"]
+
+
+def test_the_preflight_spends_nothing_and_tells_only_its_time(tmp_path: Path) -> None:
+    client = Client(0, a_resident(a_table(tmp_path)), tmp_path / "c", "r")
+    header = wire.decode(client.answer(a_request("open", preflight=True))).header
+    assert set(header) == {"run", "round", "client", "kind", "layers", "plain", "rows", "preflight"}
+    known = {"versions", "model", "tokenizer", "chat_template", "disk_bytes", "needs_bytes", "memory_bytes", "step_seconds"}
+    assert set(header["preflight"]) <= known
+    assert header["preflight"]["step_seconds"] > 0
+    assert not Ledger(tmp_path / "c" / "ledger").exists
+
+
+def test_a_run_that_was_killed_in_the_middle_ends_with_the_same_bits_and_pays_once(tmp_path: Path) -> None:
+    table = a_table(tmp_path, {"name": "fed_sb", "eta": 1e-3}) | {"rounds": 3}
+    (tmp_path / "job.toml").write_text(tomli_w.dumps(table))
+    command = [sys.executable, "-m", "umbel.cli", "run"]
+    before, whole, broken = (tmp_path / name for name in ("before", "whole", "broken"))
+    first = subprocess.Popen([*command, str(tmp_path / "job.toml"), "--out", str(before)], stderr=subprocess.DEVNULL)
+    paid = before / "clients" / "1" / "ledger" / "ledger.jsonl"
+    while not paid.exists() or paid.read_bytes().count(b"\n") < 2:  # the start, and one round
+        assert first.poll() is None
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    shutil.copytree(before, broken)
+    before.rename(whole)  # twice the same beginning: it is under one secret, as two runs would not be
+    endings = []
+    for folder in (whole, broken):
+        subprocess.run([*command, "--resume", str(folder)], check=True, capture_output=True)
+        endings.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+        for client in range(3):
+            entries = ledger_of(folder, client).entries()
+            assert [(own.kind, own.round) for own in entries] == [("measure", 0), ("train", 1), ("train", 2), ("train", 3)]
+    assert endings[0] == endings[1]
 
 
 def test_delta_above_one_in_n_is_refused_at_the_opening(tmp_path: Path) -> None:

@@ -97,11 +97,12 @@ class Account:
             steps=steps,
             max_grad_norm=own.max_grad_norm,
             delta=own.target_delta,
+            target=own.target_epsilon,
             budget=self.budget,
             request=request,
             data=self._data,
         )
-        standing = self.ledger.spend(entry, own.target_epsilon)
+        standing = self.ledger.spend(entry)
         return private.Noise(sigma, own.max_grad_norm, rate, self.ledger.seed(request)), standing.run_after
 
     def _sigma(self, start: tuple[privacy.Spent, ...]) -> float:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbel import __version__
-from umbel.client import fit, model
+from umbel.client import fit, model, private
 from umbel.client.prompts import pad_id
 from umbel.config import Config
 
@@ -111,17 +112,14 @@ def _step_seconds(resident: "Resident", client: int) -> float:
     # An R between A and B comes with the first download; A and B take as long.
     trains = phase.trains if set(phase.trains) <= {"A", "B"} else ("A", "B")
     resident.adapter.restart(config.seed, resident.lora(client))
-    fit.fit(
-        resident.adapter,
-        trains,
-        resident.rows_of(client),
-        training,
-        pad_id(resident.base.tokenizer),
-        config.seed,
-        1,
-        config.rounds,
-        {},
-        lambda step, steps: times.append(time.perf_counter()),
-    )
+    rows, pad = resident.rows_of(client), pad_id(resident.base.tokenizer)
+    rest = 1, config.rounds, {}, lambda step, steps: times.append(time.perf_counter())
+    if config.privacy.unit == "example":
+        # Nothing of it leaves but the time, which is that of a step as the run will take it.
+        rate, seed = private.sample_rate(config.training, len(rows)), secrets.randbits(256)
+        noise = private.Noise(1.0, config.privacy.max_grad_norm, rate, seed)
+        private.fit(resident.adapter, trains, rows, training, pad, noise, *rest)
+    else:
+        fit.fit(resident.adapter, trains, rows, training, pad, config.seed, *rest)
     resident.adapter.restart(config.seed)
     return round(times[1] - times[0], 6)

@@ -38,6 +38,7 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     * `by_client`: `client`, `local_score`, `gap` and `personal_score` of each;
     * `error_max`, `error_mean`: aggregation error over layers in the last round that measured it;
       `error_max_rounds`, `error_mean_rounds`: the same, averaged over rounds;
+    * `epsilon`: ε spent so far by the client that spent most, where rows are hidden one by one;
     * `bytes_up`, `bytes_down`: per client (mean over all clients), whole run;
     * `server_seconds`, `wall_seconds`, `overhead`: share of the rounds' time that is neither training nor evaluation.
 
@@ -113,6 +114,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "error_mean": _mean(layers[-1]) if layers else None,
         "error_max_rounds": _mean([max(x, key=_nan_largest) for x in layers]),
         "error_mean_rounds": _mean([x for x in map(_mean, layers) if x is not None]),
+        "epsilon": max((x for run in runs for line in run.lines for x in (line.get("epsilon") or {}).values()), default=None),
         "bytes_up": first.bytes_per_client("bytes_up")[-1] if federated and first.lines else None,
         "bytes_down": first.bytes_per_client("bytes_down")[-1] if federated and first.lines else None,
         "server_seconds": sum(x.get("server", 0.0) for x in seconds) if first.lines else None,

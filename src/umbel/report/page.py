@@ -20,9 +20,9 @@ after its training and before aggregation, on its own test rows, mean weighted b
 <b>Personal</b>: common parts with those that stay at the client, on own test rows. <b>Unseen</b>: the aggregated model on
 the test rows of clients that took no part. <b>Error</b>: aggregation error, the relative distance of what was sent back
 from the weighted mean of the clients’ updates; max and mean over layers, of the last round and in the mean over all rounds.
-<b>Per client</b>: bytes over the whole run, mean over clients. <b>Overhead</b>: share of the run’s time outside training
-and evaluation. <b>local</b>: one client alone, mean over clients (range below; times are sums). <b>central</b>: one model
-on everyone’s rows. Bold: best of the methods."""
+<b>Per client</b>: bytes over the whole run, mean over clients; <b>ε</b>: privacy spent per row, by the client that spent
+most. <b>Overhead</b>: share of the run’s time outside training and evaluation. <b>local</b>: one client alone, mean over
+clients (range below; times are sums). <b>central</b>: one model on everyone’s rows. Bold: best of the methods."""
 
 
 RANKED = ("score", "error_max", "error_mean", "bytes_up", "bytes_down")
@@ -139,7 +139,14 @@ def _closing_table(told: list[dict[str, Any]], shown: Sequence[Entry]) -> str:
         ),
         ("Error, last round", [("max", "error_max", words.error), ("mean", "error_mean", words.error)]),
         ("Error, all rounds", [("max", "error_max_rounds", words.error), ("mean", "error_mean_rounds", words.error)]),
-        ("Per client", [("up", "bytes_up", words.size), ("down", "bytes_down", words.size)]),
+        (
+            "Per client",
+            [
+                ("up", "bytes_up", words.size),
+                ("down", "bytes_down", words.size),
+                *([("ε", "epsilon", words.epsilon)] if any(row["epsilon"] is not None for row in told) else []),
+            ],
+        ),
         (
             "Time",
             [

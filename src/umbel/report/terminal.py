@@ -53,6 +53,8 @@ def table(jobs: Sequence[Job], width: int | None = None) -> "Table":
     result.caption = LEGEND
     if any(row["personal_score"] is not None for row in told):
         result.caption += " personal: common and own parts together, on own test rows."
+    if any(row["epsilon"] is not None for row in told):
+        result.caption += " ε: spent by the client that spent most, per row of its own."
     result.caption += "".join(f" {metric}: lower is better." for metric in lower)
     for entry in entries(jobs):
         for run in entry.runs:
@@ -76,6 +78,7 @@ def _columns(metric: str, told: Sequence[dict[str, Any]]) -> list[Column]:
         *((_headed(name), lambda row, key=key: words.score(row[key])) for name, key in sometimes(told).items()),
         ("error\nmax", lambda row: words.error(row["error_max"])),
         ("error\nmean", lambda row: words.error(row["error_mean"])),
+        *([("\nε", lambda row: words.epsilon(row["epsilon"]))] if any(row["epsilon"] is not None for row in told) else []),
         ("\nup", lambda row: words.size(row["bytes_up"])),
         ("\ndown", lambda row: words.size(row["bytes_down"])),
         ("\nserver", lambda row: words.duration(row["server_seconds"])),

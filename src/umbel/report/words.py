@@ -30,6 +30,15 @@ def error(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1e}"
 
 
+def epsilon(value: float | None) -> str:
+    """Returns what differential privacy has cost.
+
+    >>> epsilon(2.98731), epsilon(None)
+    ('2.99', '')
+    """
+    return "" if value is None else f"{value:.3g}"
+
+
 def size(value: float | None) -> str:
     """Returns bytes in powers of 1000.
 
