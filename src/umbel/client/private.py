@@ -162,7 +162,7 @@ def fit(
     sampling = Secret(noise.seed, "sampling", train_round)
     losses: list[float] = []
     adapter.model.train()
-    with _hooked(adapter, [*factors, *head], noise, len(examples), train_round) as rows_gradient, torch.random.fork_rng():
+    with hooked(adapter, [*factors, *head], noise, len(examples), train_round) as rows_gradient, torch.random.fork_rng():
         torch.manual_seed(_dropout_seed(noise, train_round))
         for step in range(steps):
             factor = plain.learning_rate_factor(training, (train_round - 1) * steps + step, rounds * steps)
@@ -237,7 +237,7 @@ RowsGradient = Callable[[list[Example], Training, int], list[float]]
 
 
 @contextmanager
-def _hooked(
+def hooked(
     adapter: Adapter, parameters: list[nn.Parameter], noise: Noise, rows: int, train_round: int
 ) -> Iterator[RowsGradient]:
     """Puts Opacus' hooks on the model, and takes all of them off again.
