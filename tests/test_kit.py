@@ -229,6 +229,8 @@ def test_a_sites_options_are_read_and_checked(made: Path) -> None:
         "model": "",
         "allow_code_execution": False,
         "methods": (),
+        "public": "",
+        "total_epsilon": 0.0,
     }
     config = kit.update_site(folder, data="rows.jsonl", model="pkg:llm/weights")
     assert (config.data, config.model) == (str(folder.resolve() / "rows.jsonl"), "pkg:llm/weights")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
 
 import tiny
@@ -172,10 +171,9 @@ def test_the_preflight_spends_nothing_and_tells_only_its_time(tmp_path: Path) ->
 
 def test_a_run_that_was_killed_in_the_middle_ends_with_the_same_bits_and_pays_once(tmp_path: Path) -> None:
     table = a_table(tmp_path, {"name": "fed_sb", "eta": 1e-3}) | {"rounds": 3}
-    (tmp_path / "job.toml").write_text(tomli_w.dumps(table))
-    command = [sys.executable, "-m", "umbel.cli", "run"]
+    code = f"from umbel import run; run.run({table!r}, __import__('pathlib').Path(__import__('sys').argv[1]), baselines=False)"
     before, whole, broken = (tmp_path / name for name in ("before", "whole", "broken"))
-    first = subprocess.Popen([*command, str(tmp_path / "job.toml"), "--out", str(before)], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([sys.executable, "-c", code, str(before)], stderr=subprocess.DEVNULL)
     paid = before / "clients" / "1" / "ledger" / "ledger.jsonl"
     while not paid.exists() or paid.read_bytes().count(b"\n") < 2:  # the start, and one round
         assert first.poll() is None
@@ -186,7 +184,7 @@ def test_a_run_that_was_killed_in_the_middle_ends_with_the_same_bits_and_pays_on
     before.rename(whole)  # twice the same beginning: it is under one secret, as two runs would not be
     endings = []
     for folder in (whole, broken):
-        subprocess.run([*command, "--resume", str(folder)], check=True, capture_output=True)
+        running.run(table, folder, baselines=False)
         endings.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
         for client in range(3):
             entries = ledger_of(folder, client).entries()
