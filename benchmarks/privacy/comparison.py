@@ -43,26 +43,25 @@ Table = dict[str, Any]
 Cell = tuple[str, int, str, str]
 """Method, rank, recipe ("released", "corrected" or "without noise"), and Fed-SB's start."""
 
-FED_SB = (16, 32, 64)
-CELLS: list[Cell] = [
-    *[("fed_sb", r, "released", "sign") for r in FED_SB],
-    *[(name, 32, "released", "") for name in ("fedit", "ffa_lora")],
-    *[("fed_sb", r, "corrected", start) for start in ("random", "sign") for r in FED_SB],
-    *[("fed_sb", 32, "corrected", start) for start in ("gradient", "public")],
-    *[(name, r, "corrected", "") for r in (32, 8) for name in ("fedit", "ffa_lora")],
-    ("fed_sb", 32, "without noise", "random"),
-    ("fedit", 32, "without noise", ""),
+CELLS: list[list[Cell]] = [
+    [
+        ("fed_sb", 32, "released", "sign"),
+        *[("fed_sb", 32, "corrected", start) for start in ("random", "sign")],
+        *[(name, 32, recipe, "") for recipe in ("released", "corrected") for name in ("fedit", "ffa_lora")],
+    ],
+    [
+        *[("fed_sb", r, "released", "sign") for r in (64, 16)],
+        *[("fed_sb", r, "corrected", start) for start in ("random", "sign") for r in (64, 16)],
+    ],
+    [
+        *[(name, 8, "corrected", "") for name in ("fedit", "ffa_lora")],
+        *[("fed_sb", 32, "corrected", start) for start in ("gradient", "public")],
+    ],
+    [("fed_sb", 32, "without noise", "random"), ("fedit", 32, "without noise", "")],
 ]
-"""FedEx-LoRA's clients do in one round what FedIT's do: it combines the very uploads of `fedit`, in the same run."""
+"""In the order in which they run, all seeds of one group after the other, so that what is done is a comparison at any time.
 
-CHOOSING: list[Cell] = [
-    ("fed_sb", 32, "corrected", "random"),
-    ("fedit", 32, "corrected", ""),
-    ("ffa_lora", 32, "corrected", ""),
-    ("fed_sb", 32, "without noise", "random"),
-    ("fedit", 32, "without noise", ""),
-]
-"""Whose learning rate is chosen, for all ranks, starts and ε of the method: at ε = 3, on validation rows, at the first seed."""
+FedEx-LoRA's clients do in one round what FedIT's do: it combines the very uploads of `fedit`, in the same run."""
 
 
 def main() -> None:
@@ -73,21 +72,12 @@ def main() -> None:
     setting.one_thread()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.rows, arguments.work)
-    rates: dict[tuple[str, bool], Table] = {}
-    for cell in CHOOSING:
-        noisy = cell[2] != "without noise"
-        tried = {rate: bench.run(cell, 3.0 if noisy else None, SEEDS[0], rate, True)["accuracy"] for rate in RATES[noisy:][:3]}
-        rates[cell[0], noisy] = {"chosen": max(tried, key=lambda rate: tried[rate]), "tried": tried}
-    for seed in SEEDS:
-        for cell in CELLS:
-            for epsilon in EPSILONS if cell[2] != "without noise" else (None,):
-                bench.run(cell, epsilon, seed, rates[cell[0], cell[2] != "without noise"]["chosen"])
-    runs = [run for path in sorted(arguments.work.glob("run-*.json")) for run in split(json.loads(path.read_text("utf-8")))]
-    about: Table = {"clients": CLIENTS, "rows": bench.rows_each, "batch": BATCH, "steps": STEPS, "max_grad_norm": CLIP}
-    about |= {"delta": DELTA, "samples": SAMPLES, "public": PUBLIC, "rates": list(RATES)}
-    chosen = [{"method": method, "noise": noisy, **found} for (method, noisy), found in rates.items()]
-    told = {**about, "chosen": chosen, "runs": runs, "provenance": bench.test.provenance}
-    write_json(setting.RESULTS / "comparison.json", told)
+    for group in CELLS:
+        for seed in SEEDS:
+            for cell in group:
+                for epsilon in EPSILONS if cell[2] != "without noise" else (None,):
+                    bench.run(cell, epsilon, seed, bench.rate(cell)["chosen"])
+                    bench.tell()
 
 
 class Bench:
@@ -95,6 +85,7 @@ class Bench:
 
     def __init__(self, rows: Path, work: Path) -> None:
         self.rows, self.work = rows, work
+        self.rates: dict[tuple[str, bool], Table] = {}
         lines = (rows / "val.jsonl").read_text(encoding="utf-8").splitlines()
         # The file is sorted by label: every fifth row to choose rates on, and as many public ones as asked for from the others.
         validation = [line for i, line in enumerate(lines) if i % 5 == 0]
@@ -129,6 +120,26 @@ class Bench:
                 **({"privacy": private} if recipe == "corrected" else {}),
             )
         )
+
+    def rate(self, cell: Cell) -> Table:
+        """Returns the learning rate of a method, for all ranks, starts and ε: chosen at rank 32, the first seed, ε = 3."""
+        name, noisy = cell[0], cell[2] != "without noise"
+        if (name, noisy) not in self.rates:
+            start = "random" if name == "fed_sb" else ""
+            own: Cell = (name, 32, "corrected" if noisy else "without noise", start)
+            tried = {x: self.run(own, 3.0 if noisy else None, SEEDS[0], x, True)["accuracy"] for x in RATES[noisy:][:3]}
+            self.rates[name, noisy] = {"chosen": max(tried, key=lambda x: tried[x]), "tried": tried}
+        return self.rates[name, noisy]
+
+    def tell(self) -> None:
+        """Writes the result of what is done."""
+        files = sorted(self.work.glob("run-*.json"))
+        runs = [run for path in files for run in split(json.loads(path.read_text(encoding="utf-8")))]
+        about: Table = {"clients": CLIENTS, "rows": self.rows_each, "batch": BATCH, "steps": STEPS, "max_grad_norm": CLIP}
+        about |= {"delta": DELTA, "samples": SAMPLES, "public": PUBLIC, "rates": list(RATES)}
+        chosen = [{"method": method, "noise": noisy, **found} for (method, noisy), found in self.rates.items()]
+        told = {**about, "chosen": chosen, "runs": runs, "provenance": self.test.provenance}
+        write_json(setting.RESULTS / "comparison.json", told)
 
     def run(self, cell: Cell, epsilon: float | None, seed: int, rate: float, validation: bool = False) -> Table:
         """Runs one cell, or returns what it came to before."""
