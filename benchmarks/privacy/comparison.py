@@ -33,8 +33,8 @@ from umbel.record import write_json
 from umbel.server import Aggregator, Server
 
 SEEDS, EPSILONS = (1, 2, 3), (1.0, 3.0)
-RATES = (2e-3, 6e-3, 2e-2, 6e-2)
-"""The last three are tried with noise, the first three without."""
+RATES = (2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
+"""The last four are tried with noise, the first four without."""
 CLIENTS, BATCH, STEPS, CLIP, DELTA = 3, 48, 10, 0.1, 1e-5
 SAMPLES, PUBLIC = 192, 192
 """Rows that a start is measured on: of all clients together, and public ones."""
@@ -127,7 +127,7 @@ class Bench:
         if (name, noisy) not in self.rates:
             start = "random" if name == "fed_sb" else ""
             own: Cell = (name, 32, "corrected" if noisy else "without noise", start)
-            tried = {x: self.run(own, 3.0 if noisy else None, SEEDS[0], x, True)["accuracy"] for x in RATES[noisy:][:3]}
+            tried = {x: self.run(own, 3.0 if noisy else None, SEEDS[0], x, True)["accuracy"] for x in RATES[noisy:][:4]}
             self.rates[name, noisy] = {"chosen": max(tried, key=lambda x: tried[x]), "tried": tried}
         return self.rates[name, noisy]
 
