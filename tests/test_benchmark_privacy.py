@@ -53,13 +53,17 @@ def test_shadow_runs_tell_members_whose_scores_overlap_with_those_of_other_rows(
     assert threshold < 0.65 < 0.95 < shadows
 
 
-def test_shadow_runs_tell_nothing_where_being_in_a_run_changes_nothing(load: Any) -> None:
+@pytest.mark.parametrize("runs", [4, 6, 8])
+def test_shadow_runs_tell_nothing_where_being_in_a_run_changes_nothing(load: Any, runs: int) -> None:
     membership = load("membership")
-    inside = torch.tensor([membership.members(run) for run in range(8)])
-    scores = torch.randn(inside.shape, generator=torch.Generator().manual_seed(1))
-    found = membership.success(membership.likelihood_ratios(scores, inside), inside)
-    assert abs(found["auc"]["mean"] - 0.5) < 0.05
-    assert found["tpr at 0.05"]["mean"] < 0.1
+    inside = torch.tensor([membership.members(run) for run in range(runs)])
+    draw = torch.Generator().manual_seed(1)
+    areas = []
+    for _ in range(8):
+        scores = torch.randn(inside.shape, generator=draw)
+        areas.append(membership.success(membership.likelihood_ratios(scores, inside), inside)["auc"]["mean"])
+    # The standard error of their mean is below 0.005; shadows whose number tells who is in would show as 0.03 and more.
+    assert abs(sum(areas) / len(areas) - 0.5) < 0.015
 
 
 @pytest.mark.parametrize("method", ["fedit", "fed_sb"])

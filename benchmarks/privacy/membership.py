@@ -138,7 +138,9 @@ def told(work: Path, runs: int) -> Table:
     rows: list[Table] = []
     for method in METHODS:
         for epsilon in EPSILONS:
-            files = [path for run in range(runs) if (path := work / f"{method}-{epsilon}-{run}.json").exists()]
+            named = [work / f"{method}-{epsilon}-{run}.json" for run in range(runs)]
+            # Whole pairs of complements only.
+            files = [path for run, path in enumerate(named) if path.exists() and named[run ^ 1].exists()]
             found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
             inside = torch.tensor([x["members"] for x in found], dtype=torch.bool)
             about = {"method": method, "epsilon": epsilon, "accuracy": setting.interval([x["accuracy"] for x in found])}
@@ -156,27 +158,32 @@ def told(work: Path, runs: int) -> Table:
 
 
 def likelihood_ratios(values: Tensor, inside: Tensor) -> Tensor:
-    """Returns LiRA's score, runs × rows: for each run, the others are its shadows.
+    """Returns LiRA's score, runs × rows: for each run, the others are its shadows, except its complement.
 
-    A row's means in and out are its own; the two variances are common to all rows, since a row has few shadows.
+    The complement would tell who is in: with it, a row that is in has one shadow more that is without it. So every row is in
+    half of the shadows, whatever it is in the run. The means in and out are a row's own; the two variances are common to all
+    rows, since a row has few shadows.
 
-    >>> inside = torch.tensor([[True, False]] * 2 + [[False, True]] * 2)
+    Args:
+        values: Runs × rows; runs 2i and 2i + 1 are each other's complement (see `members`), and there are four or more.
+        inside: Likewise.
+
+    >>> inside = torch.tensor([[True, False], [False, True]] * 2)
     >>> noise = torch.tensor([[0.1, 0.0], [0.0, 0.1], [0.0, 0.2], [0.2, 0.0]])
     >>> bool((likelihood_ratios(inside * 3.0 + noise, inside) > 0).equal(inside))
     True
     """
     scores = torch.empty_like(values)
     for run in range(len(values)):
-        others = [i for i in range(len(values)) if i != run]
+        others = [i for i in range(len(values)) if i // 2 != run // 2]
         x, member = values[others], inside[others]
         likelihood: list[Tensor] = []
         for of in (member, ~member):
-            count = of.sum(0)
-            mean = torch.where(of, x, 0.0).sum(0) / count.clamp(min=1)
-            mean = torch.where(count > 0, mean, x[of].mean())
-            variance = torch.where(of, (x - mean) ** 2, 0.0).sum() / max(1, int((count - 1).clamp(min=0).sum()))
+            count = len(others) // 2
+            mean = torch.where(of, x, 0.0).sum(0) / count
+            variance = torch.where(of, (x - mean) ** 2, 0.0).sum() / (max(1, count - 1) * x.shape[1])
             # A mean over few shadows is uncertain itself.
-            spread = variance.clamp(min=1e-12) * (1 + 1 / count.clamp(min=1))
+            spread = variance.clamp(min=1e-12) * (1 + 1 / count)
             likelihood.append(-((values[run] - mean) ** 2) / (2 * spread) - spread.log() / 2)
         scores[run] = likelihood[0] - likelihood[1]
     return scores
