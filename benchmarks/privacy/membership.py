@@ -1,6 +1,6 @@
 """Membership inference on a federation's final model, on one client's upload, and on the mean of the round's uploads.
 
-    python benchmarks/privacy/membership.py CLINC150-FOLDER WORK-FOLDER [--runs 8]
+    python benchmarks/privacy/membership.py CLINC150-FOLDER WORK-FOLDER [--runs 6]
 
 A pool of rows is dealt to three clients; in each run every client trains on a random half of its rows, and the attacker, who
 has all rows, says which were in. A third of the pool are canaries: their label is drawn among the wrong ones, so they can only
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", type=Path, help="folder of CLINC150")
     parser.add_argument("work", type=Path, help="folder for what is done so far")
-    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=6)
     arguments = parser.parse_args()
     setting.one_thread()
     arguments.work.mkdir(parents=True, exist_ok=True)

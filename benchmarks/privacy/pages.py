@@ -101,7 +101,7 @@ def _between(found: Table) -> str:
 def scores(told: Table) -> str:
     """Accuracy by method, rank and start; recipes side by side."""
     columns = [(recipe, epsilon) for epsilon in (1.0, 3.0) for recipe in ("released", "corrected")]
-    rows = [["method", "rank", "start", "sent up", *(f"ε = {e:g}, {recipe}" for recipe, e in columns)]]
+    rows = [["method", "rank", "start", "up, training", *(f"ε = {e:g}, {recipe}" for recipe, e in columns)]]
     places = list(dict.fromkeys(_run_place(x) for x in told["runs"] if x["epsilon"] is not None))
     for place in sorted(places, key=lambda x: (x[0] != "fed_sb", x[0], x[1], x[2])):
         method, rank, start = place
