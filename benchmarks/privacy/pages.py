@@ -123,6 +123,9 @@ def leads(told: Table) -> str:
             own = _values(told, (method, rank, start), recipe, epsilon)
             name, rival = _best_rival(told, recipe, epsilon)
             names.append(name)
+            if len(own.keys() & rival.keys()) < 2:
+                cells.append(words.MISSING)
+                continue
             mean, half = interval([own[seed] - rival[seed] for seed in own if seed in rival])
             cells.append(f"{mean:+.3f} [{mean - (half or 0):+.3f}, {mean + (half or 0):+.3f}]".replace("-", "−"))
         rows.append([f"{recipe}, r = {rank}, {start}", " / ".join(dict.fromkeys(names)), *cells])
