@@ -263,6 +263,22 @@ def test_a_measurement_on_public_rows_tells_nothing_of_how_many_a_client_has(tmp
     assert start["rows"] == {"0": 25, "1": 25, "2": 25}
 
 
+def test_rows_that_another_run_dealt_to_another_client_have_paid(tmp_path: Path) -> None:
+    rows = tiny.texts(60, 1)
+    for name, part in (("one", rows[:30]), ("two", rows[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+
+    def dealt(*names: str, **keys: Any) -> dict[str, Any]:
+        table = a_table(tmp_path, ledger=str(tmp_path / "ledger"), **keys) | {"split": {"kind": "files"}, "rounds": 1}
+        table["data"]["train"] = [str(tmp_path / f"{name}.jsonl") for name in names]
+        return table
+
+    running.run(dealt("one", "two"), tmp_path / "first", baselines=False)
+    with pytest.raises(ServerError, match=r"client 0: BudgetError: .* all runs on these rows spent ε 7\.9.*client 1: Budget"):
+        running.run(dealt("two", "one"), tmp_path / "second", baselines=False)
+    running.run(dealt("two", "one", total_epsilon=20.0), tmp_path / "third", baselines=False)
+
+
 def test_the_baselines_are_hidden_too_and_leave_the_ledger_alone(tmp_path: Path) -> None:
     folder = running.run(a_table(tmp_path, target_delta=0.02, ledger=str(tmp_path / "ledger")), tmp_path / "out")
     central = json.loads((folder / "central" / "run.json").read_text())["config"]["privacy"]

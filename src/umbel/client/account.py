@@ -31,6 +31,7 @@ class Account:
         examples: Their tokens.
         ledger: Its own.
         budget: ε that all runs on these rows may spend.
+        others: Ledgers of the other clients of this process, whose rows may be this one's in another run.
         identity: Returns versions and the hash of the base model, which decide an answer, too.
     """
 
@@ -42,6 +43,7 @@ class Account:
     examples: Sequence[Example]
     ledger: Ledger
     budget: float
+    others: Sequence[Ledger]
     identity: Callable[[], Mapping[str, Any]]
 
     def check(self) -> None:
@@ -102,7 +104,8 @@ class Account:
             request=request,
             data=self._data,
         )
-        standing = self.ledger.spend(entry)
+        elsewhere = [spent for other in self.others for spent in other.other_runs(self.rows, self.run)]
+        standing = self.ledger.spend(entry, elsewhere)
         return private.Noise(sigma, own.max_grad_norm, rate, self.ledger.seed(request)), standing.run_after
 
     def _sigma(self, start: tuple[privacy.Spent, ...]) -> float:
