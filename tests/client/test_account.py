@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,28 @@ def test_delta_above_one_in_n_is_refused_at_the_opening(tmp_path: Path) -> None:
         Client(0, resident, tmp_path / "c", "r").answer(a_request("open", preflight=False))
     with pytest.raises(ServerError, match="allowed: at most 1/n"):
         running.run(a_table(tmp_path, target_delta=0.04), tmp_path / "out", baselines=False)
+
+
+def test_where_uploads_are_masked_a_refusal_tells_no_number_that_follows_from_the_rows(tmp_path: Path) -> None:
+    def refusals(masked: bool) -> list[str]:
+        few = Client(0, a_resident(a_table(tmp_path, secure_aggregation=masked, target_delta=0.04)), tmp_path / "few", "r")
+        spent = Client(0, a_resident(a_table(tmp_path, secure_aggregation=masked)), tmp_path / f"spent {masked}", "r")
+        account, told = spent._account(), list[str]()
+        assert account is not None
+        for payload in (b"1", b"2"):
+            account.train(1, payload, b"")
+        for ask in (lambda: few.answer(a_request("open", preflight=False)), lambda: account.train(1, b"3", b"")):
+            with pytest.raises((PrivacyError, BudgetError)) as error:
+                ask()
+            told.append(reason(error.value).rpartition(" (")[0])
+        return told
+
+    assert ["30 rows" in refusals(False)[0], "spent ε 7.9" in refusals(False)[1]] == [True, True]
+    for vague in refusals(True):
+        said = (
+            r"(Privacy|Budget)Error: client 0 cannot take part within the ε and δ that were asked for; why is in its own log, "
+        )
+        assert re.fullmatch(said + "and what it has spent in its ledger", vague)
 
 
 def test_noise_is_for_the_rounds_in_which_a_client_is_asked(tmp_path: Path) -> None:
