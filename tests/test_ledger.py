@@ -65,6 +65,15 @@ def test_another_request_for_the_same_round_is_charged_anew(ledger, data):
     assert standing.run_after > standing.run > 0
 
 
+def test_clients_of_one_run_with_a_text_in_common_pay_each_for_its_own_row(ledger):
+    one, other = ledger.name_data(ROWS[:20]), ledger.name_data(ROWS[19:])
+    first = ledger.spend(entry(one))
+    second = ledger.spend(entry(other, client=1, request="client 1"))
+    assert (second.run, second.all, second.all_after) == (0, 0, first.all_after)
+    later = ledger.spend(entry(one, 2, run="r2/fedit"))  # any of its rows was one client's
+    assert later.all == first.all_after
+
+
 def test_a_known_request_is_answered_even_where_the_budget_is_spent(ledger, data):
     spent = ledger.spend(entry(data)).run_after
     ledger.spend(entry(data, target=spent / 2, budget=spent / 2))

@@ -112,3 +112,7 @@ def test_delta_of_more_than_one_in_n_is_refused():
     privacy.check_delta(1 / 49, 49, "rows")
     with pytest.raises(PrivacyError, match=r"got 0\.03, allowed: at most 1/n = 0\.0204 for 49 rows of client 1"):
         privacy.check_delta(0.03, 49, "rows of client 1")
+
+
+def test_no_history_has_an_epsilon_below_zero():
+    assert [privacy.epsilon([own], delta) for own, delta in (((30.0, 0.2, 10), 0.02), ((1e3, 0.3, 10), 1e-3))] == [0.0, 0.0]

@@ -142,6 +142,13 @@ class Ledger:
         same = {name: name == data or not mine.isdisjoint(self._rows(name)) for name in {entry.data for entry in entries}}
         return [entry for entry in entries if same[entry.data]]
 
+    def other_runs(self, rows: Iterable[Mapping[str, Any]], run: str) -> list[Entry]:
+        """Returns what other runs spent here for rows of which at least one is among these, which another ledger names."""
+        entries = [entry for entry in self.entries() if entry.run != run] if self.exists else []
+        mine = self._marks(rows) if entries else set[bytes]()
+        same = {name: not mine.isdisjoint(self._rows(name)) for name in {entry.data for entry in entries}}
+        return [entry for entry in entries if same[entry.data]]
+
     def known(self, request: str) -> Entry | None:
         """Returns the spending for a request that was answered before, or at least paid for."""
         return next((entry for entry in self.entries() if entry.request == request), None)
@@ -150,9 +157,9 @@ class Ledger:
         """Returns the 256 bits from which sampling and noise of an answer come; nobody without the secret knows them."""
         return int.from_bytes(self._keyed(b"noise", request.encode()), "big")
 
-    def standing(self, entry: Entry) -> Standing:
-        """Returns what was spent on the rows of an entry, and what it would be with it."""
-        same = self.overlapping(entry.data)
+    def standing(self, entry: Entry, elsewhere: Iterable[Entry] = ()) -> Standing:
+        """Returns what was spent on the rows of an entry, and what it would be with it; `elsewhere` as in `spend`."""
+        same = _for_one_row([*self.overlapping(entry.data), *elsewhere], entry)
         own = [other for other in same if other.run == entry.run]
         at_run, at_all = (min(other.delta for other in (entry, *some)) for some in (own, same))
         run, every = epsilon_of(own, at_run), epsilon_of(same, at_all)
@@ -166,8 +173,7 @@ class Ledger:
         A row is known by the longest text among its values: another label, column or number of spaces is the same row.
         """
         with self._held():
-            marks = sorted({self._keyed(b"row", _mark(row))[:ROW_BYTES] for row in rows})
-            content = b"".join(marks)
+            content = b"".join(sorted(self._marks(rows)))
             name = self._keyed(b"data", content).hex()[:32]
             place = self.folder / DATA / name
             if not place.exists():
@@ -175,11 +181,12 @@ class Ledger:
                 write_file(place, content)
         return name
 
-    def spend(self, entry: Entry) -> Standing:
+    def spend(self, entry: Entry, elsewhere: Sequence[Entry] = ()) -> Standing:
         """Writes a spending and flushes it to disk, unless it is there already.
 
         Args:
             entry: What is to be spent.
+            elsewhere: What other ledgers have of other runs on the same rows; it counts as if it were here.
 
         Returns:
             What was spent, `run_after` and `all_after` with this entry.
@@ -191,9 +198,9 @@ class Ledger:
         """
         with self._held():
             if self.known(entry.request) is not None:
-                standing = self.standing(entry)
+                standing = self.standing(entry, elsewhere)
                 return replace(standing, run_after=standing.run, all_after=standing.all)
-            standing = self.standing(entry)
+            standing = self.standing(entry, elsewhere)
             _check_budget(entry, standing)
             self._append(entry)
         return standing
@@ -285,6 +292,9 @@ class Ledger:
             before = checksum
         return entries, before, whole
 
+    def _marks(self, rows: Iterable[Mapping[str, Any]]) -> set[bytes]:
+        return {self._keyed(b"row", _mark(row))[:ROW_BYTES] for row in rows}
+
     def _rows(self, data: str) -> set[bytes]:
         path = self.folder / DATA / data
         content = path.read_bytes() if path.exists() else b""
@@ -298,6 +308,16 @@ class Ledger:
 def epsilon_of(entries: Iterable[Entry], delta: float) -> float:
     """Returns ε of spendings together, at δ."""
     return privacy.epsilon([entry.spent for entry in entries], delta)
+
+
+def _for_one_row(entries: Iterable[Entry], entry: Entry) -> list[Entry]:
+    """Returns what one row of an entry's data may have paid: within a run a row is one client's, who has paid the most."""
+    runs: dict[str, dict[int, list[Entry]]] = {}
+    for other in entries:
+        runs.setdefault(other.run, {}).setdefault(other.client, []).append(other)
+    if entry.run in runs:
+        runs[entry.run] = {entry.client: runs[entry.run].get(entry.client, [])}
+    return [own for of in runs.values() for own in max(of.values(), key=lambda mine: epsilon_of(mine, entry.delta))]
 
 
 def request_hash(payload: bytes, state: bytes, context: Mapping[str, Any]) -> str:

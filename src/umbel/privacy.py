@@ -72,7 +72,8 @@ def epsilon(history: Sequence[Spent], delta: float) -> float:
     counted = tuple(sorted((*own, steps) for own, steps in merged.items() if steps and own[1]))
     if any(sigma == 0 for sigma, _, _ in counted):
         return math.inf
-    return _epsilon(counted, float(delta)) if counted else 0.0
+    # With much noise and a large δ, the formulas come out below 0.
+    return max(0.0, _epsilon(counted, float(delta))) if counted else 0.0
 
 
 @lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -200,6 +201,28 @@ def test_delta_above_one_in_n_is_refused_at_the_opening(tmp_path: Path) -> None:
         running.run(a_table(tmp_path, target_delta=0.04), tmp_path / "out", baselines=False)
 
 
+def test_where_uploads_are_masked_a_refusal_tells_no_number_that_follows_from_the_rows(tmp_path: Path) -> None:
+    def refusals(masked: bool) -> list[str]:
+        few = Client(0, a_resident(a_table(tmp_path, secure_aggregation=masked, target_delta=0.04)), tmp_path / "few", "r")
+        spent = Client(0, a_resident(a_table(tmp_path, secure_aggregation=masked)), tmp_path / f"spent {masked}", "r")
+        account, told = spent._account(), list[str]()
+        assert account is not None
+        for payload in (b"1", b"2"):
+            account.train(1, payload, b"")
+        for ask in (lambda: few.answer(a_request("open", preflight=False)), lambda: account.train(1, b"3", b"")):
+            with pytest.raises((PrivacyError, BudgetError)) as error:
+                ask()
+            told.append(reason(error.value).rpartition(" (")[0])
+        return told
+
+    assert ["30 rows" in refusals(False)[0], "spent ε 7.9" in refusals(False)[1]] == [True, True]
+    for vague in refusals(True):
+        said = (
+            r"(Privacy|Budget)Error: client 0 cannot take part within the ε and δ that were asked for; why is in its own log, "
+        )
+        assert re.fullmatch(said + "and what it has spent in its ledger", vague)
+
+
 def test_noise_is_for_the_rounds_in_which_a_client_is_asked(tmp_path: Path) -> None:
     table = a_table(tmp_path)
     table |= {"rounds": 4, "server": {"clients_per_round": 1, "min_clients": 1}}
@@ -261,6 +284,22 @@ def test_a_measurement_on_public_rows_tells_nothing_of_how_many_a_client_has(tmp
     assert min(trained["rows"].values()) < 25
     assert len(set(trained["rows"].values())) == 3
     assert start["rows"] == {"0": 25, "1": 25, "2": 25}
+
+
+def test_rows_that_another_run_dealt_to_another_client_have_paid(tmp_path: Path) -> None:
+    rows = tiny.texts(60, 1)
+    for name, part in (("one", rows[:30]), ("two", rows[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+
+    def dealt(*names: str, **keys: Any) -> dict[str, Any]:
+        table = a_table(tmp_path, ledger=str(tmp_path / "ledger"), **keys) | {"split": {"kind": "files"}, "rounds": 1}
+        table["data"]["train"] = [str(tmp_path / f"{name}.jsonl") for name in names]
+        return table
+
+    running.run(dealt("one", "two"), tmp_path / "first", baselines=False)
+    with pytest.raises(ServerError, match=r"client 0: BudgetError: .* all runs on these rows spent ε 7\.9.*client 1: Budget"):
+        running.run(dealt("two", "one"), tmp_path / "second", baselines=False)
+    running.run(dealt("two", "one", total_epsilon=20.0), tmp_path / "third", baselines=False)
 
 
 def test_the_baselines_are_hidden_too_and_leave_the_ledger_alone(tmp_path: Path) -> None:

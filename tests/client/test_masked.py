@@ -186,6 +186,24 @@ def test_a_round_that_is_repeated_is_opened_for_the_same_clients_only(three):
     assert three.ask(0, "unmask", survivors=[0, 1])["key"].keys() == {"2"}
 
 
+def test_a_round_that_was_opened_is_not_forgotten_for_a_later_one(three):
+    """A server that was set back to an older record would ask so, and one that lies."""
+    three.keys().shares().uploads()
+    three.ask(0, "unmask", survivors=[0, 1, 2])
+    three.number = 2
+    three.keys()
+    three.number = 1
+    three.keys().shares().uploads()
+    with pytest.raises(MaskError, match="their difference would be what single clients sent"):
+        three.ask(0, "unmask", survivors=[0, 1])
+    three.number = 2
+    three.keys().shares().uploads()
+    three.ask(0, "unmask", survivors=[0, 1, 2])
+    three.number = 1
+    with pytest.raises(MaskError, match="the sum of round 2 is open, so that one of round 1 would be another of the same"):
+        three.ask(0, "keys", clients=[0, 1, 2])
+
+
 def test_messages_out_of_turn_or_of_another_round_are_refused(three):
     with pytest.raises(MaskError, match="has no keys for this exchange"):
         three.ask(0, "shares", public={})

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,8 @@ from umbel.client import fit, private
 from umbel.client.prompts import Example
 from umbel.client.split import Row
 from umbel.config import Config
-from umbel.ledger import Entry, Ledger, request_hash
+from umbel.ledger import BudgetError, Entry, Ledger, request_hash
+from umbel.privacy import PrivacyError
 
 TRAIN, MEASURE = "train", "measure"
 
@@ -31,6 +33,7 @@ class Account:
         examples: Their tokens.
         ledger: Its own.
         budget: ε that all runs on these rows may spend.
+        others: Ledgers of the other clients of this process, whose rows may be this one's in another run.
         identity: Returns versions and the hash of the base model, which decide an answer, too.
     """
 
@@ -42,13 +45,15 @@ class Account:
     examples: Sequence[Example]
     ledger: Ledger
     budget: float
+    others: Sequence[Ledger]
     identity: Callable[[], Mapping[str, Any]]
 
     def check(self) -> None:
         """Raises PrivacyError where this client cannot take part at all: δ, too little ε for any noise, or no Opacus."""
         own = self.config.privacy
-        privacy.check_delta(own.target_delta, len(self.rows), f"rows of client {self.client}")
-        self._sigma(())
+        with self._discreet():
+            privacy.check_delta(own.target_delta, len(self.rows), f"rows of client {self.client}")
+            self._sigma(())
 
     def train(self, train_round: int, payload: bytes, state: bytes) -> tuple[private.Noise, float]:
         """Spends what a training round costs.
@@ -67,13 +72,28 @@ class Account:
         """
         start = tuple(entry.spent for entry in self._own() if entry.kind == MEASURE)
         rate, steps = self._rate(), self._steps()
-        return self._spend(TRAIN, train_round, (self._sigma(start), rate, steps), payload, state)
+        with self._discreet():
+            return self._spend(TRAIN, train_round, (self._sigma(start), rate, steps), payload, state)
 
     def measure(self, samples: int, payload: bytes, state: bytes) -> tuple[private.Noise, float]:
         """Spends `start_share` of ε on the gradient over so many rows on average; as `train`."""
         own, rate = self.config.privacy, privacy.sample_rate(samples, len(self.rows))
-        sigma = privacy.noise_multiplier(own.start_share * own.target_epsilon, own.target_delta, ((rate, 1),))
-        return self._spend(MEASURE, 0, (sigma, rate, 1), payload, state)
+        with self._discreet():
+            sigma = privacy.noise_multiplier(own.start_share * own.target_epsilon, own.target_delta, ((rate, 1),))
+            return self._spend(MEASURE, 0, (sigma, rate, 1), payload, state)
+
+    @contextmanager
+    def _discreet(self) -> Iterator[None]:
+        """Says less of a refusal where uploads are masked: ε and 1/n would tell how many rows there are."""
+        try:
+            yield
+        except (BudgetError, PrivacyError) as error:
+            if not self.config.privacy.secure_aggregation:
+                raise
+            raise type(error)(
+                f"client {self.client} cannot take part within the ε and δ that were asked for; why is in its own log, and "
+                "what it has spent in its ledger"
+            ) from error
 
     def _spend(self, kind: str, number: int, spent: privacy.Spent, payload: bytes, state: bytes) -> tuple[private.Noise, float]:
         own, (sigma, rate, steps) = self.config.privacy, spent
@@ -102,7 +122,8 @@ class Account:
             request=request,
             data=self._data,
         )
-        standing = self.ledger.spend(entry)
+        elsewhere = [spent for other in self.others for spent in other.other_runs(self.rows, self.run)]
+        standing = self.ledger.spend(entry, elsewhere)
         return private.Noise(sigma, own.max_grad_norm, rate, self.ledger.seed(request)), standing.run_after
 
     def _sigma(self, start: tuple[privacy.Spent, ...]) -> float:

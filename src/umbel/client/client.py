@@ -267,7 +267,10 @@ class Client:
         resident, own = self.resident, self.resident.config.privacy
         if own.unit != "example":
             return None
-        place = self.ledger or (Path(own.ledger).expanduser() / str(self.number) if own.ledger else self.folder / "ledger")
+        shared = Path(own.ledger).expanduser() if own.ledger and not self.ledger else None
+        place = self.ledger or (shared / str(self.number) if shared else self.folder / "ledger")
+        # Another run may deal the same rows to other clients.
+        others = [other for other in sorted(shared.iterdir()) if other != place] if shared and shared.exists() else []
         return Account(
             config=resident.config,
             run=self.run,
@@ -277,6 +280,7 @@ class Client:
             examples=self._mine(),
             ledger=Ledger(place),
             budget=self.total_epsilon or own.total_epsilon or own.target_epsilon,
+            others=[Ledger(other) for other in others],
             identity=lambda: resident.identity,
         )
 

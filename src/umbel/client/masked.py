@@ -57,9 +57,12 @@ class Exchange:
         before = self._read()
         state: dict[str, Any] = {"run": header["run"], "round": header["round"], "stage": "keys", "clients": asked}
         state |= {"seal": masking.fresh().hex(), "mask": masking.fresh().hex()}
-        if before is not None and (before["run"], before["round"]) == (state["run"], state["round"]) and "opened" in before:
-            state["opened"] = before["opened"]
-        self._write(state)
+        last, opened = before["last"] if before is not None and before["run"] == state["run"] else (0, None)
+        if state["round"] < last:
+            raise MaskError(
+                f"the sum of round {last} is open, so that one of round {state['round']} would be another of the same uploads"
+            )
+        self._write({**state, "last": [last, opened]})
         return {"public": self._public(state)}
 
     def _public(self, state: Mapping[str, Any]) -> list[str]:
@@ -154,15 +157,16 @@ class Exchange:
         state = self._at("sent", header)
         there = _numbers(header.get("survivors"), "survivors")
         if "answer" in state:
-            if there != state["opened"]:
-                raise MaskError(f"this sum was opened for the clients {state['opened']}; a second one, of {there}, is refused")
+            if there != state["last"][1]:
+                raise MaskError(f"this sum was opened for the clients {state['last'][1]}; a second one, of {there}, is refused")
             return state["answer"]
         if self._me not in there or not set(there) <= set(state["among"]):
             raise MaskError(f"survivors {there}, allowed: client {self._me} and others of {state['among']}")
         self._enough(there, state, "uploads")
-        if state.get("opened", there) != there:
+        last, opened = state["last"]
+        if state["round"] == last and there != opened:
             raise MaskError(
-                f"this round's sum was opened for the clients {state['opened']}; with another of {there}, their difference "
+                f"this round's sum was opened for the clients {opened}; with another of {there}, their difference "
                 "would be what single clients sent. The round can be repeated with the same clients only"
             )
         held = state["held"]
@@ -172,7 +176,7 @@ class Exchange:
         }
         # From here on no secret is needed, and what was told may be told again.
         left = {key: state[key] for key in ("run", "round", "stage", "clients", "among")}
-        self._write({**left, "opened": there, "answer": answer})
+        self._write({**left, "last": [state["round"], there], "answer": answer})
         return answer
 
     def _enough(self, clients: Mapping[int, Any] | set[int] | list[int], state: Mapping[str, Any], what: str) -> None:
