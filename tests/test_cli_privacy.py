@@ -107,3 +107,18 @@ print(done.exit_code, done.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("2 umbel: the accountant of differential privacy is Opacus': pip install 'umbel[privacy]'")
+
+
+def test_of_a_run_whose_ledger_is_elsewhere_that_one_is_told(tmp_path, site, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").write_text('[privacy]\nunit = "example"\nledger = "site"\n')
+    (told,) = json.loads(umbel("privacy", "run", "--json").stdout)
+    assert told["ledger"] == "site/ledger"
+
+
+def test_a_ledger_without_its_key_is_missed(site):
+    (site / "ledger" / "secret.key").unlink()
+    done = umbel("privacy", site)
+    assert done.exit_code == 2
+    assert "secret.key is missing" in done.stderr

@@ -129,6 +129,12 @@ def test_masked_uploads_and_the_messages_around_them(tmp_path, dtype, asked):
     check(tmp_path, tiny.table(tmp_path, chosen, rounds=3, split=split, server=server, privacy=privacy, wire={"dtype": dtype}))
 
 
+def test_noise_at_the_server_changes_no_message(tmp_path):
+    chosen = [{"name": name} for name in ("fedit", "fedsa_lora")]
+    privacy = {"unit": "client", "target_epsilon": 8.0, "target_delta": 0.2}
+    check(tmp_path, tiny.table(tmp_path, chosen, rounds=3, split={"kind": "iid", "clients": 4}, privacy=privacy))
+
+
 def test_stacks_wider_than_the_matrix(tmp_path):
     """Three clients of rank 12 on layers of 32: what they send together is more than the matrix holds."""
     chosen = [{"name": "flora"}, {"name": "exact"}, {"name": "florist", "energy": 1.0, "adopt": "merge"}]

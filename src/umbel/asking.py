@@ -153,7 +153,14 @@ class Heard:
         self.bytes_up = {str(client): self.bytes_up[str(client)] for client in asked if str(client) in self.bytes_up}
 
     def reasons(self) -> str:
-        return "; ".join(f"client {refused['client']}: {refused['reason']}" for refused in self.refused)
+        """Returns who was refused and why; clients with one reason together."""
+        by_reason: dict[str, list[int]] = {}
+        for refused in self.refused:
+            by_reason.setdefault(refused["reason"], []).append(refused["client"])
+        return "; ".join(
+            f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}: {reason}"
+            for reason, clients in by_reason.items()
+        )
 
 
 def counted(

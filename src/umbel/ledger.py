@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import stat
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -358,18 +359,30 @@ def rounds_left(entries: Sequence[Entry], more: Entry, delta: float, budget: flo
 
 
 def find(folder: Path) -> list[Path]:
-    """Returns the ledgers in a folder: of a ledger itself, of a site, or of all clients of a run.
+    """Returns the ledgers in a folder: of a ledger itself, of a site, or of a run, whose `privacy.ledger` may be elsewhere.
+
+    One whose key is lost is among them, so that it is missed.
 
     Raises:
         LedgerError: There is none.
     """
-    found = sorted(path.parent for path in folder.rglob(SECRET))
+    places = [folder, *(place for place in _named_by(folder) if not place.resolve().is_relative_to(folder.resolve()))]
+    found = {path.parent: None for place in places for name in (SECRET, LINES) for path in place.rglob(name)}
     if not found:
         raise LedgerError(
             f"{str(folder)!r} holds no ledger; give a ledger, a site's folder, or that of a run with privacy.unit = 'example' "
-            "(one with privacy.ledger has it there)"
+            "or 'client' (of a federation's run, with 'example', each site has its own)"
         )
-    return found
+    return sorted(found)
+
+
+def _named_by(run: Path) -> list[Path]:
+    """Returns the `privacy.ledger` of a run's folder, relative to the working directory as it was for the run."""
+    try:
+        named = tomllib.loads((run / "run.toml").read_text(encoding="utf-8")).get("privacy", {}).get("ledger")
+    except (OSError, ValueError):
+        return []
+    return [Path(named).expanduser()] if named else []
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:

@@ -46,9 +46,9 @@ def epsilon(value: float | None) -> str:
     """Returns what differential privacy has cost.
 
     >>> epsilon(2.98731), epsilon(None)
-    ('2.99', '')
+    ('2.99', '–')
     """
-    return "" if value is None else f"{value:.3g}"
+    return MISSING if value is None else f"{value:.3g}"
 
 
 def size(value: float | None) -> str:
