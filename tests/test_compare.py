@@ -501,6 +501,15 @@ def test_the_command_prints_the_table_and_goes_on_when_it_is_given_again(finishe
     assert times(copy) == before
 
 
+def test_the_table_says_what_its_runs_hide(copy):
+    own = {"unit": "example", "target_epsilon": 3.0, "target_delta": 1e-5}
+    for path in copy.glob("seed-*/*/run.json"):
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"config": told["config"] | {"privacy": own}}))
+    shown = report.comparison_table(report.read_comparison(copy), 120)
+    assert "Hidden in each run: each row: ε ≤ 3 at δ = 1e-05." in str(shown.caption)
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(finished, tmp_path):
     command = [sys.executable, "-m", "umbel.cli", "compare", str(finished / "compare.toml"), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

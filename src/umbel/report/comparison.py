@@ -372,6 +372,8 @@ def comparison_table(comparison: Comparison, width: int | None = None) -> "Table
         result.add_row(Text(row["label"]), *(Text(show(row)) for _, show in columns), style=style, end_section=ends)
     said = [*choice_notes(comparison.about), *seed_notes(comparison)]
     said.append("up, down: bytes per client, whole run. worst error: of aggregation, over layers, rounds and seeds.")
+    configs = [run.config for job in comparison.jobs.values() for run in job.methods]
+    said += [f"Hidden in each run: {x}." for x in dict.fromkeys(words.hidden(c.get("privacy") or {}) for c in configs) if x]
     if left:
         said.append(f"Left out for want of width: {', '.join(left)}; the page, the CSV and --json have them.")
     result.caption = escape("\n".join(said))
