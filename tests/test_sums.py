@@ -9,6 +9,7 @@ import tiny
 from federation import Site
 from umbel import masking, wire
 from umbel.config import Privacy
+from umbel.ledger import Ledger
 from umbel.record import CHECKPOINT, Record
 from umbel.server import ServerError
 
@@ -247,6 +248,26 @@ def test_a_client_that_cannot_train_drops_out_by_itself(tmp_path):
     own = table(tmp_path, training={"max_steps": 1, "warmup_ratio": 1.0})
     with pytest.raises(ServerError, match="has not trained"):
         run(tmp_path / "masked", own, True)
+
+
+def test_hidden_rows_are_masked_too_and_pay_once_for_a_round_that_is_asked_again_with_other_keys(tmp_path):
+    seen, own = [], table(tmp_path, rounds=2)
+    own["privacy"] = {"unit": "example", "target_epsilon": 8.0, "target_delta": 1e-2, "secure_aggregation": True}
+    site = Site(tmp_path, own)
+    with pytest.raises(Killed):
+        site.run(failing("unmask", [0], act=killed), privacy=site.config.privacy)
+    lines = site.run(listening(seen), privacy=site.config.privacy)
+    for k in range(4):
+        entries = Ledger(tmp_path / "clients" / str(k) / "ledger").entries()
+        assert [(entry.kind, entry.round) for entry in entries] == [("train", 1), ("train", 2)]
+    for kind, _, k, reply in seen:
+        message = wire.decode(reply, masked=kind == "train")
+        # No ε, from which rows would follow, and no loss of theirs, not even in the sum.
+        assert not {"epsilon", "loss", "steps", "scores"} & message.header.keys(), (kind, k)
+        assert kind == "open" or "rows" not in message.header
+        assert "loss" not in message.tensors
+    assert all("loss" not in line["sum"] for line in lines[1:])
+    assert lines[-1]["sum"]["rows"] == len(site.dataset.train)
 
 
 # What the server sees
