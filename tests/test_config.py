@@ -42,6 +42,12 @@ def refused(given):
 # Reading
 
 
+def test_training_rows_are_nobodys_public_rows():
+    table = {"model": {"name": "m"}, "lora": {"target_modules": ["q"]}, "split": {"kind": "files"}}
+    with pytest.raises(ConfigError, match="these are training rows"):
+        from_table({**table, "data": {"train": ["a.jsonl", "b.jsonl"], "public": "b.jsonl"}})
+
+
 def test_what_is_not_given_has_its_default():
     config = only(table())
     assert config.method == MethodChoice("fedit", {})

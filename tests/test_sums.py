@@ -116,6 +116,42 @@ def test_who_dies_in_any_message_of_a_round_is_left_out_of_it_and_catches_up(tmp
     assert "the power is gone" in lines[2]["refused"][0]["reason"]
 
 
+@pytest.mark.parametrize(("kind", "iterations"), [("keys", 1), ("update", 1), ("update", 2)])
+def test_two_sums_of_one_training_are_of_the_same_clients_or_the_round_is_given_up(tmp_path, kind, iterations):
+    own = table(tmp_path, "power", rounds=3)
+    own["method"]["iterations"] = iterations
+    each, held = 2 * iterations, {}
+    second = each + 2  # the second message of the second round
+
+    def watch(answers):
+        def wrap(answer):
+            def wrapped(payload):
+                message = wire.decode(payload)
+                if message.header["kind"] == "train":
+                    held[message.header["round"]] = {key: x for key, x in message.tensors.items() if "plain" not in key}
+                return answer(payload)
+
+            return wrapped
+
+        return {k: wrap(answer) for k, answer in (answers | failing(kind, [3], second)(answers)).items()}
+
+    _, lines = run(tmp_path / "masked", own, True, watch)
+    assert [i for i, line in enumerate(lines) if "given_up" in line.get("sum", {})] == list(range(second, 2 * each + 1))
+    assert lines[second]["answered"] == []
+    assert "rows" not in lines[second]["sum"]
+    third = held[2 * each + 1]
+    assert third.keys() == held[each + 1].keys() != set()
+    assert all(torch.equal(x, third[key]) for key, x in held[each + 1].items())  # what was sent when the second round began
+    assert lines[-1]["answered"] == [0, 1, 2, 3]
+    assert lines[-1]["global"]["accuracy"] >= 0
+
+
+def test_who_is_silent_when_the_second_sum_is_opened_is_in_it(tmp_path):
+    _, lines = run(tmp_path / "masked", table(tmp_path, "power", rounds=2), True, failing("unmask", [3], 2))
+    assert lines[2]["sum"]["clients"] == 4
+    assert lines[2]["refused"][0]["reason"].startswith("its upload is in the sum, its help to open it was not there: ")
+
+
 def test_a_third_may_die_each_in_another_message(tmp_path):
     own = table(tmp_path, rounds=2, split={"kind": "iid", "clients": 12})
 

@@ -369,6 +369,10 @@ def _method(table: dict[str, Any], where: str) -> MethodChoice:
     return MethodChoice(name, options)
 
 
+ADJUSTABLE = ("server.min_clients", "server.round_deadline", "privacy.total_epsilon")
+"""What may be set anew when a run is resumed: how long it waits, for how many, and how much it may spend, which no answer
+depends on."""
+
 LEAST = {
     "rounds": 1,
     "seed": 0,
@@ -530,6 +534,10 @@ def _privacy_problems(config: Config) -> list[tuple[bool, str]]:
         ),
         (bool(given) and not noisy, "privacy.target_epsilon is given and privacy.unit is not; allowed: 'example', 'client'"),
         (privacy.max_grad_norm <= 0, f"privacy.max_grad_norm: got {privacy.max_grad_norm}, allowed: > 0"),
+        (
+            bool(config.data.public) and config.data.public in _listed(config.data.train),
+            f"data.public = {config.data.public!r}: these are training rows, which belong to somebody; give a file of others",
+        ),
         (not 0 < privacy.start_share < 1, f"privacy.start_share: got {privacy.start_share}, allowed: 0 < share < 1"),
         (
             0 < privacy.total_epsilon < privacy.target_epsilon,

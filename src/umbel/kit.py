@@ -94,6 +94,7 @@ class SiteConfig:
     methods: tuple[str, ...] = ()
     public: str = ""
     total_epsilon: float = 0.0
+    secure_aggregation: bool = False
 
 
 # Making and changing kits
@@ -237,6 +238,7 @@ def read_site(folder: Path) -> SiteConfig:
     table = _toml(path, "the folder of a site that `umbel kit init` or `umbel kit join` made")
     kinds: dict[str, type] = {"name": str, "number": int, "server": str, "data": str, "test": str, "model": str}
     kinds |= {"allow_code_execution": bool, "methods": list, "public": str, "total_epsilon": float}
+    kinds |= {"secure_aggregation": bool}
     if type(table.get("total_epsilon")) is int:
         table["total_epsilon"] = float(table["total_epsilon"])
     for key, value in table.items():

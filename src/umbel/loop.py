@@ -119,7 +119,10 @@ def _round(
             )
 
         if plan.privacy.secure_aggregation:
-            summed = sums.add_up(engine, server, phase, plan, asked, request, aggregator, heard, arrived)
+            try:
+                summed = sums.add_up(engine, server, phase, plan, asked, request, aggregator, heard, arrived)
+            except sums.GivenUp as lack:
+                summed = {"given_up": str(lack)}
         else:
             # A measurement on public rows may take more of them than a client has of its own.
             known = {client: max(rows[client], shares[client]) for client in asked} if heard.kind == "measure" else rows
@@ -131,7 +134,8 @@ def _round(
             else:
                 fold(uploads, aggregator, heard, plan.norm_limit)
         heard.arrange(asked)
-        check_quorum(plan, f"round {index + 1}", asked, heard)
+        if not _given_up(summed):
+            check_quorum(plan, f"round {index + 1}", asked, heard)
         if hiding:
             hiding.spend(aggregator)
     else:
@@ -141,7 +145,7 @@ def _round(
         aggregator.folded.append(OBSERVER)
     started = time.perf_counter()
     try:
-        aggregated = aggregator.done()
+        aggregated = server.as_before() if _given_up(summed) else aggregator.done()
     except ServerError as error:
         reasons = f" ({heard.reasons()})" if heard.refused else ""
         raise ServerError(f"round {index + 1}: {error}{reasons}") from error
@@ -165,6 +169,10 @@ def _round(
     seconds = _commit(record, server, rows, line)
     shutil.rmtree(record.folder / UPLOADS, ignore_errors=True)
     return seconds
+
+
+def _given_up(summed: Mapping[str, Any] | None) -> bool:
+    return summed is not None and "given_up" in summed
 
 
 def _shares(plan: Plan, phase: Method, rows: Mapping[int, int], asked: list[int]) -> dict[int, int]:

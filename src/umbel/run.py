@@ -173,10 +173,6 @@ def resume(folder: Path, listen: Listener = lambda event: None) -> Path:
     return run(configuration.read(place / "job.toml"), place, listen, **part)
 
 
-ADJUSTABLE = ("server.min_clients", "server.round_deadline")
-"""What may be set anew when a run is resumed: how long it waits and for how many, which no finished round depends on."""
-
-
 def adjust(folder: Path, assignments: list[str]) -> None:
     """Changes what a job that stopped waits for.
 
@@ -185,10 +181,9 @@ def adjust(folder: Path, assignments: list[str]) -> None:
         RecordError: The folder holds no job.
     """
     for assignment in assignments:
-        if assignment.partition("=")[0].strip() not in ADJUSTABLE:
-            raise ConfigError(
-                f"--resume goes on with the run's own configuration; --set changes only {', '.join(ADJUSTABLE)} of it"
-            )
+        if assignment.partition("=")[0].strip() not in configuration.ADJUSTABLE:
+            allowed = ", ".join(configuration.ADJUSTABLE)
+            raise ConfigError(f"--resume goes on with the run's own configuration; --set changes only {allowed} of it")
     if not is_job(folder):
         raise RecordError(f"{folder} is no folder that `umbel run` made, so there is nothing to resume")
     with locked(folder):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from umbel import algebra, method, wire
-from umbel.method import Collector, Download, Factors, Mean, Method, MethodError, Stack
+from umbel.method import HELD, Collector, Download, Factors, Mean, Method, MethodError, Stack
 
 OBSERVER = -1
 """The number of the client that only scores the common model on all test rows; its bytes are not counted."""
@@ -177,6 +177,12 @@ class Server:
             for has, owed in self.owed.items()
             if has in wanted
         }
+
+    def as_before(self) -> Aggregated:
+        """Returns what a round comes to that is given up: everybody goes back to the factors with which it began."""
+        common = {layer: {name: x for name, x in own.items() if name in HELD} for layer, own in self.held.items()}
+        rank = {layer: shape.rank for layer, shape in self.layers.items()}
+        return Aggregated({layer: Download(own) for layer, own in common.items()}, {}, None, None, rank)
 
     def _hold(self, layer: str, download: Download) -> None:
         if download.reset is not None:

@@ -23,6 +23,10 @@ from umbel.server import MOST_ROWS, OBSERVER, Aggregator, Refused, Server, Serve
 T = TypeVar("T")
 
 
+class GivenUp(ServerError):
+    """A further sum of a round lacks a client that the one before has, so it must not be opened."""
+
+
 class Request(Protocol):
     """Makes the phase's usual request to a client, with more in its header."""
 
@@ -113,6 +117,7 @@ def add_up(
         What the record says of the sum: "clients" in it, "threshold", "rows" Σ n_k, and "loss", their mean.
 
     Raises:
+        GivenUp: The phase goes on with a round, and not everybody of its first sum is left; nothing is opened.
         ServerError: Fewer than `masking.threshold` clients were left after a step, too few uploads came for the round to count,
             or the sum is none.
     """
@@ -120,6 +125,8 @@ def add_up(
         masking.needs()
     except MaskError as error:
         raise ServerError(str(error)) from error
+    if phase.continues and not asked:
+        raise GivenUp("nothing is left of this round")
     exchange = _Exchange(engine, plan, heard, asked)
     exchange.ask_keys()
     exchange.ask_shares()
@@ -134,6 +141,9 @@ def add_up(
         arrived(reply.client)
     there.sort()
     exchange.check_enough("its upload", there)
+    if phase.continues and there != sorted(asked):
+        # Of the same training, so the difference of the two sums would be of who is missing, and of nothing else.
+        raise GivenUp(f"clients {sorted(set(asked) - set(there))} are not in the second sum of what was trained once")
     # An opened sum can be had again for the same clients only, so a round that will not count must not be opened.
     heard.answered += [client for client in asked if client in there]
     check_quorum(plan, f"round {heard.round}", asked, heard)
@@ -298,6 +308,10 @@ class _Exchange:
                 found[reply.client] = take(reply.client, message.header)
             except (Refused, MaskError) as error:
                 stage.refuse(reply.client, f"client {reply.client}: {error}")
+        if kind == "unmask":
+            # Not left out: with enough others its sum is opened without it.
+            in_it = "its upload is in the sum, its help to open it was not there: "
+            stage.refused = [{**own, "reason": in_it + own["reason"]} for own in stage.refused]
         self._heard.add(stage)
         return {client: found[client] for client in clients if client in found}
 

@@ -59,6 +59,21 @@ def test_a_site_with_a_budget_answers_no_run_that_does_not_hide_its_rows(tmp_pat
     Worker(a_site(tmp_path)).answer(job, a_request("train", 1))
 
 
+def test_a_site_may_insist_on_masks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"only runs with masked uploads \(secure_aggregation, in site\.toml\)"):
+        Worker(a_site(tmp_path, secure_aggregation=True)).answer(a_job(tmp_path), a_request("train", 1))
+    assert not Ledger(tmp_path / "site" / "ledger").exists
+
+
+def test_a_run_that_may_spend_more_or_wait_longer_is_the_same_run(tmp_path: Path) -> None:
+    first = a_job(tmp_path, total_epsilon=9.0)
+    later = a_job(tmp_path, total_epsilon=20.0)
+    later["config"]["server"] = {**later["config"]["server"], "min_clients": 2, "round_deadline": 7.0}
+    one, two = (wire.decode(Worker(a_site(tmp_path)).answer(job, a_request("train", 1))) for job in (first, later))
+    assert len(Ledger(tmp_path / "site" / "ledger").entries()) == 1
+    assert all(x.equal(two.tensors[key]) for key, x in one.tensors.items())
+
+
 def test_a_site_with_a_budget_scores_none_of_its_training_rows(tmp_path: Path) -> None:
     """Which rows `data.validation` sets aside follows from the run's seed, and scores of them are exact."""
     job = a_job(tmp_path)
@@ -73,7 +88,8 @@ def test_a_site_with_a_budget_scores_none_of_its_training_rows(tmp_path: Path) -
 
 def test_which_rows_are_public_at_a_site_is_not_for_the_run_to_say(tmp_path: Path) -> None:
     job = a_job(tmp_path, method={"name": "fed_sb"})
-    job["config"]["data"]["public"] = str(tmp_path / "train.jsonl")  # its private rows
+    (tmp_path / "private.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    job["config"]["data"]["public"] = str(tmp_path / "private.jsonl")
     measure = a_request("measure", 1, trains=[], sends=["G"])
     with pytest.raises(ConfigError, match=r"this site has no public rows \(public, in site\.toml\)"):
         Worker(a_site(tmp_path)).answer(job, measure)
@@ -86,7 +102,8 @@ def test_site_toml_says_what_may_be_spent(tmp_path: Path) -> None:
         (tmp_path / "site.toml").write_text(f'name = "a"\nnumber = 0\nserver = "host:1"\n{text}\n')
         return kit.read_site(tmp_path)
 
-    assert written("").total_epsilon == 0
+    assert (written("").total_epsilon, written("").secure_aggregation) == (0, False)
+    assert written("secure_aggregation = true").secure_aggregation
     own = written('total_epsilon = 3\npublic = "open.jsonl"')
     assert (own.total_epsilon, own.public) == (3.0, str(tmp_path / "open.jsonl"))
     for wrong in ("-1.0", "inf", "nan", '"3"', "true"):

@@ -102,7 +102,7 @@ class Account:
             "run": self.run,
             "client": self.client,
             "spent": [kind, *spent, own.max_grad_norm],
-            "config": configuration.to_table(self.config),
+            "config": _deciding(self.config),
             "identity": dict(self.identity()),
             "tokens": self._tokens,
         }
@@ -155,3 +155,12 @@ class Account:
         for example in self.examples:
             digest.update(json.dumps(asdict(example), sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """Returns what of a configuration an answer may depend on: a resumed run may wait longer, and is not another one."""
+    table = configuration.to_table(config)
+    for key in configuration.ADJUSTABLE:
+        section, _, name = key.partition(".")
+        table[section] = {other: value for other, value in table[section].items() if other != name}
+    return table

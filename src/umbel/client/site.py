@@ -42,6 +42,7 @@ class Site:
         public: A file with rows that belong to nobody, for what a run measures on `data.public`.
         ledger: Folder of its ledger; None takes what the run's configuration says.
         total_epsilon: ε that all runs on its rows may spend; then it answers only runs that hide them. 0 lets each run say.
+        secure_aggregation: It answers only runs whose uploads are masked.
     """
 
     number: int | None
@@ -54,6 +55,7 @@ class Site:
     public: str = ""
     ledger: Path | None = None
     total_epsilon: float = 0.0
+    secure_aggregation: bool = False
 
     @classmethod
     def of(cls, folder: Path, told: SiteConfig) -> "Site":
@@ -69,6 +71,7 @@ class Site:
             public=told.public,
             ledger=folder / "ledger",
             total_epsilon=told.total_epsilon,
+            secure_aggregation=told.secure_aggregation,
         )
 
 
@@ -166,6 +169,8 @@ class Worker:
             )
         if self.site.total_epsilon and (table.get("privacy") or {}).get("unit") != "example":
             raise ConfigError("this site answers only runs with privacy.unit = example (total_epsilon, in site.toml)")
+        if self.site.secure_aggregation and (table.get("privacy") or {}).get("secure_aggregation") is not True:
+            raise ConfigError("this site answers only runs with masked uploads (secure_aggregation, in site.toml)")
         if self.site.total_epsilon and not self.site.test and (table.get("data") or {}).get("validation"):
             # Scores are exact, and a run chooses by its seed which rows they are of.
             raise ConfigError(
