@@ -639,7 +639,8 @@ def privacy_table(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = [["method", "sends (numbers)", "stays at home", "the server sees", "DP units", "start reads"]]
     for name, own in found.items():
         sends = "; ".join(
-            ("" if when == "training" else "then " if ", message" in when else f"{when} ") + ", ".join(f"{x} {count}" for x, count in names.items())
+            ("" if when == "training" else "then " if ", message" in when else f"{when} ")
+            + ", ".join(f"{x} {count}" for x, count in names.items())
             for when, names in own["sends"].items()
         )
         keeps = " and ".join([*own["keeps"], "head"] if own["keeps"] else [])
