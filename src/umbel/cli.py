@@ -658,7 +658,8 @@ def _ledger_table(told: list[dict[str, Any]], folder: Path) -> Any:
             noise = ["\n".join(f"{x[key]:.4g}" for x in run["spent"]) for key in ("sigma", "sample_rate", "steps")]
             counts = str(run["client"]), str(run["rounds"])
             spent = f"{run['max_grad_norm']:g}", f"{run['epsilon']:.4g}", f"{run['delta']:.2g}", f"{run['target']:g}"
-            table.add_row(escape(run["run"]), *counts, *noise, *spent)
+            job, _, label = run["run"].partition("/")  # the job's whole id is in --json
+            table.add_row(escape(f"{job[:6]}…/{label}" if len(job) > 6 and label else run["run"]), *counts, *noise, *spent)
         if own["runs"]:
             table.add_row("in all", *[""] * 6, f"{own['epsilon']:.4g}", f"{own['delta']:.2g}", f"{own['budget']:g}")
         if own["next"] is not None:
