@@ -231,6 +231,7 @@ def test_a_sites_options_are_read_and_checked(made: Path) -> None:
         "methods": (),
         "public": "",
         "total_epsilon": 0.0,
+        "secure_aggregation": False,
     }
     config = kit.update_site(folder, data="rows.jsonl", model="pkg:llm/weights")
     assert (config.data, config.model) == (str(folder.resolve() / "rows.jsonl"), "pkg:llm/weights")

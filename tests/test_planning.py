@@ -19,7 +19,7 @@ from umbel import config as configuration
 from umbel import method, planning, run, wire
 from umbel.client import model
 from umbel.client.adapter import Adapter
-from umbel.config import ConfigError, Wire
+from umbel.config import ConfigError, Privacy, Wire
 from umbel.loop import Plan
 from umbel.server import LayerShape
 from umbel.traffic import Sites, Small, traffic
@@ -274,7 +274,7 @@ def test_a_masked_sum_and_an_upload_are_in_the_servers_memory():
     sites = Sites(layers, {"head": (3, 5)}, {0: 9, 1: 9})
     for name, numbers in (("fedit", 2 * 4 * 100), ("ffa_lora", 2 * 4 * 40), ("fed_sb", 2 * 40 * 60)):
         plan = Plan(method.load(name), 2, [0, 1], measure_error=False)
-        plain, masked = (traffic(replace(plan, secure_aggregation=on), sites).kept for on in (False, True))
+        plain, masked = (traffic(replace(plan, privacy=Privacy(secure_aggregation=on)), sites).kept for on in (False, True))
         assert masked - plain == 2 * 8 * (numbers + 15)
 
 
