@@ -331,7 +331,9 @@ def test_a_round_closed_below_its_quorum_stops_and_a_reply_brought_later_mends_i
     federation, asked = begun
     federation.bring(asked[:1])
     assert offline.close(federation.folder) == ["hospital-b", "lab-c"]
-    with pytest.raises(ServerError, match=r"1 client is left of 3, wanted: 2 .*clients 1, 2: brought no reply: closed without it"):
+    with pytest.raises(
+        ServerError, match=r"1 client is left of 3, wanted: 2 .*clients 1, 2: brought no reply: closed without it"
+    ):
         offline.go_on(federation.folder)
     assert federation.take(federation.answered({**asked[1], "request": asked[1]["request"].replace(".umbel", ".closed")})) == [
         ("taken", "")
