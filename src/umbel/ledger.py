@@ -25,7 +25,7 @@ from typing import Any
 
 from umbel import privacy
 from umbel.privacy import Spent
-from umbel.record import locked, now, write_file
+from umbel.record import flush_folder, locked, now, write_file
 
 LINES, SECRET, DATA = "ledger.jsonl", "secret.key", "data"
 ROW_BYTES = 12
@@ -231,7 +231,7 @@ class Ledger:
             file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())
-        _flush(self.folder)
+        flush_folder(self.folder)
 
     def _line(self, before: bytes, entry: Entry) -> bytes:
         text = json.dumps({**asdict(entry), "time": entry.time or now()}, ensure_ascii=True).encode()
@@ -253,7 +253,7 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.folder / SECRET)
-        _flush(self.folder)
+        flush_folder(self.folder)
 
     # The secret, and what is under it
 
@@ -479,11 +479,3 @@ def _entry(table: Any, path: Path, number: int) -> Entry:
     if not isinstance(table, dict) or sorted(table) != sorted(names):
         raise LedgerError(f"{str(path)!r}, line {number}: written by another version of umbel; allowed: {', '.join(names)}")
     return Entry(**table)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

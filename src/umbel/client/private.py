@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from umbel import privacy
 from umbel.client import fit as plain
 from umbel.client.adapter import Adapter, public_name
 from umbel.client.data import Example, collate
@@ -61,7 +62,7 @@ def sample_rate(training: Training, rows: int) -> float:
     >>> sample_rate(Training(per_device_train_batch_size=8, gradient_accumulation_steps=2), 64)
     0.25
     """
-    return min(1.0, training.per_device_train_batch_size * training.gradient_accumulation_steps / rows)
+    return privacy.sample_rate(training.per_device_train_batch_size * training.gradient_accumulation_steps, rows)
 
 
 def row_losses(model: nn.Module, batch: Mapping[str, Tensor], bf16: bool) -> Tensor:
